@@ -1,0 +1,24 @@
+"""MoGU safety routing as fused kernels behind drop-in modules."""
+
+from mogu_kernels import ops
+from mogu_kernels.checkpoint import MoGUCheckpoint, MoGUConfig, load_checkpoint, save_checkpoint
+from mogu_kernels.generation import generate
+from mogu_kernels.hf import attach, detach
+from mogu_kernels.modules import MoGULinear, record_gates, routing
+from mogu_kernels.router import Router, fold_router
+
+__all__ = [
+    "MoGUCheckpoint",
+    "MoGUConfig",
+    "MoGULinear",
+    "Router",
+    "attach",
+    "detach",
+    "fold_router",
+    "generate",
+    "load_checkpoint",
+    "ops",
+    "record_gates",
+    "routing",
+    "save_checkpoint",
+]

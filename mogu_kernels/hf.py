@@ -1,0 +1,205 @@
+"""Swapping projections of a Hugging Face model for routed ones, and back."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mogu_kernels.checkpoint import MoGUCheckpoint, MoGUConfig, load_checkpoint
+from mogu_kernels.modules import MoGULinear, RoutingState, routed_modules
+from mogu_kernels.router import fold_router
+
+# last name components of the projections that may be routed, by architecture
+ARCHITECTURES = {
+    "LlamaForCausalLM": (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttachReport:
+    """What `attach` changed.
+
+    Attributes:
+        modules: names of the swapped projections.
+        parameters_before: of the model.
+        parameters_added: experts and folded routers.
+    """
+
+    modules: tuple[str, ...]
+    parameters_before: int
+    parameters_added: int
+
+    def __str__(self):
+        """One line."""
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in self.modules}))
+        share = 100 * self.parameters_added / self.parameters_before
+        return (
+            f"routed {len(self.modules)} projections ({kinds}): "
+            f"+{self.parameters_added:,} parameters ({share:.2f} %)"
+        )
+
+
+def target_linears(
+    model: nn.Module, target_modules: Sequence[str], layers: Sequence[int] | None = None
+) -> dict[str, nn.Linear]:
+    """The linears of `model` whose last name component is in `target_modules`, by full name.
+
+    Args:
+        model: an architecture of the table.
+        target_modules: such as ("o_proj",).
+        layers: keep only modules with one of these layer numbers in their name; None keeps all.
+
+    Raises:
+        ValueError: an architecture or a target that is not in the table, or nothing is left.
+        TypeError: a target that is not an `nn.Linear`.
+    """
+    allowed = ARCHITECTURES.get(_architecture(model))
+    if allowed is None:
+        raise ValueError(
+            f"{_architecture(model)} is not a known architecture: take one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    for target in target_modules:
+        if target not in allowed:
+            raise ValueError(
+                f"{target!r} is no projection of {_architecture(model)}: take any of "
+                f"{', '.join(allowed)}"
+            )
+    found = {}
+    for name, module in model.named_modules():
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        if name.rpartition(".")[2] not in target_modules:
+            continue
+        if layers is not None and not set(numbers) & set(layers):
+            continue
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{name} is a {type(module).__name__}: only nn.Linear can be routed")
+        found[name] = module
+    if not found:
+        raise ValueError(f"no module of {_architecture(model)} is one of {target_modules}")
+    return found
+
+
+def attach(
+    model: nn.Module,
+    checkpoint: MoGUCheckpoint | str | os.PathLike,
+    *,
+    trainable: bool = False,
+) -> AttachReport:
+    """Swap the projections that `checkpoint` names for routed ones, in place.
+
+    Everything is checked before the first swap: after an error the model is as it was. Base weights
+    are shared, not copied; `detach` undoes the swap.
+
+    Args:
+        model: a Hugging Face causal language model on its final device and in its final dtype.
+        checkpoint: a folder, or what `load_checkpoint` returned.
+        trainable: keep published routers unfolded and let experts and routers have gradients.
+            Otherwise routers are folded, exactly, and nothing has gradients.
+
+    Returns:
+        A report; `print(report)` gives one line.
+
+    Raises:
+        ValueError: the checkpoint is damaged or is for another architecture, a module is missing or
+            of another shape, or the model is routed already.
+        TypeError: a module that cannot be routed.
+    """
+    if isinstance(checkpoint, str | os.PathLike):
+        checkpoint = load_checkpoint(checkpoint)
+    checkpoint.validate()
+    config = checkpoint.config
+    if config.architecture != _architecture(model):
+        raise ValueError(
+            f"the checkpoint is for {config.architecture} but the model is {_architecture(model)}"
+        )
+    if any(isinstance(module, MoGULinear) for module in model.modules()):
+        raise ValueError("the model is routed already: detach it first")
+    linears = target_linears(model, config.target_modules)
+    for name in checkpoint.modules:
+        if name not in linears:
+            raise ValueError(f"the checkpoint routes {name}, which the model does not have")
+
+    state, swaps = RoutingState(), {}
+    before = sum(p.numel() for p in model.parameters())
+    for name in checkpoint.modules:
+        swaps[name] = _routed(name, linears[name], config, checkpoint, trainable)
+        swaps[name].routing = state
+    for name, module in swaps.items():
+        model.set_submodule(name, module)
+    after = sum(p.numel() for p in model.parameters())
+    return AttachReport(tuple(swaps), before, after - before)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Put the original modules back: the same objects, the same parameters.
+
+    Raises:
+        ValueError: the model has no routed projection.
+    """
+    for name, module in routed_modules(model).items():
+        if module.base is None:
+            raise ValueError(f"{name} was built as a MoGULinear, so there is nothing to restore")
+        module.base.weight, module.base.bias = module.weight, module.bias
+        model.set_submodule(name, module.base.train(module.training))
+    return model
+
+
+def _architecture(model: nn.Module) -> str:
+    """The class name, through wrappers that keep a Hugging Face config."""
+    names = getattr(getattr(model, "config", None), "architectures", None)
+    return names[0] if names else type(model).__name__
+
+
+def _routed(
+    name: str, linear: nn.Linear, config: MoGUConfig, checkpoint: MoGUCheckpoint, trainable: bool
+) -> MoGULinear:
+    """A routed copy of `linear` with the checkpoint's experts; `linear` is not changed."""
+    tensors = checkpoint.module_tensors(name)
+    shape = [tensors["lora_B"].shape[1], tensors["lora_A"].shape[2]]
+    if list(linear.weight.shape) != shape:
+        raise ValueError(
+            f"the checkpoint's {name} is for a weight of {shape} but the model's is "
+            f"{list(linear.weight.shape)}"
+        )
+    if linear.weight.is_meta:
+        raise ValueError(f"{name} is on the meta device: load the model before attaching")
+    kind = config.router if trainable else "linear"
+    if kind != config.router:
+        tensors = _folded(tensors, torch.promote_types(linear.weight.dtype, torch.float32))
+    module = MoGULinear.from_linear(
+        linear,
+        config.rank,
+        config.num_experts,
+        config.gate,
+        router=kind,
+        scaling=config.scaling,
+        router_hidden=config.router_hidden,
+    )
+    for key, parameter in module.named_parameters():
+        if key not in ("weight", "bias"):
+            parameter.requires_grad_(trainable)
+            parameter.data.copy_(tensors[key])
+    return module
+
+
+def _folded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one module with the published router folded."""
+    linears = {
+        key.removeprefix("router.").replace(".", "_"): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("router.")
+    }
+    gate_weight, gate_bias = fold_router(**linears, dtype=dtype)
+    experts = {key: tensors[key] for key in ("lora_A", "lora_B")}
+    return experts | {"gate_weight": gate_weight, "gate_bias": gate_bias}

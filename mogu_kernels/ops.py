@@ -1,0 +1,148 @@
+"""`torch.library` ops: check the arguments, choose a backend, launch.
+
+    CPU          eager
+    CUDA, ROCm   the Triton kernels
+
+`backend=` forces one. Gradients are computed by `eager` on every device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogu_kernels import checks, eager
+from mogu_kernels.tuning import TileConfig
+
+_LIBRARY = torch.library.Library("mogu", "DEF")
+_LIBRARY.define(
+    "mogu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+    "Tensor gate_weight, Tensor gate_bias, float[] scaling, str gate, Tensor? routed, "
+    "bool return_gates, str backend, str config) -> (Tensor y, Tensor gates)"
+)
+
+
+def mogu_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    *,
+    scaling: float | Sequence[float],
+    gate: str = "sigmoid",
+    routed: Tensor | None = None,
+    return_gates: bool = False,
+    backend: str = "auto",
+    config: TileConfig | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A linear projection with E low-rank experts, weighed per token by a router.
+
+    Semantics:
+        gates = torch.sigmoid(x @ gate_weight.T + gate_bias)  # or softmax over the experts
+        y = gates.sum(1, keepdim=True) * F.linear(x, weight, bias) + sum(
+            scaling[e] * gates[:, e : e + 1] * (x @ lora_A[e].T @ lora_B[e].T) for e in range(E)
+        )
+
+    Args:
+        x: [M, K] in fp32, fp16 or bf16 (fp64 with `backend="eager"`); any strides, here and below.
+        weight: [N, K], x's dtype.
+        bias: [N], x's dtype, or None. It belongs to the base: the total of the gates multiplies it.
+        lora_A: [E, r, K], x's dtype; an expert of smaller rank is padded with zeros.
+        lora_B: [E, N, r], x's dtype.
+        gate_weight: [E, K] in fp32 (fp64 if x is), or [2, E, K] in x's dtype, a high and a low part
+            as `split_gate_weight` makes it, which is what half precision on a GPU reads.
+        gate_bias: [E] in fp32 (fp64 if x is).
+        scaling: `lora_alpha / rank`, one number for all experts or one each.
+        gate: "sigmoid" (as published) or "softmax".
+        routed: bool [M]; where False the row is the plain projection, as if the gates summed to 1
+        and
+            every expert were zero. None routes every row.
+        return_gates: also return what the router says, for every row, routed or not.
+        backend: "auto", "triton" or "eager".
+        config: the tiles; chosen by M, rank and dtype if None. Triton only.
+
+    Returns:
+        y [M, N] in x's dtype, or (y, gates [M, E] fp32; fp64 if x is).
+
+    Raises:
+        TypeError: a dtype does not fit, or an argument is not a tensor.
+        ValueError: a shape, a device, a name or a number of experts does not fit.
+
+    Source: MoGU, arXiv 2405.14488, section 3.2.
+    """
+    x, weight, bias, lora_A, lora_B = _autocast(x, weight, bias, lora_A, lora_B)
+    scaling = checks.scaling_per_expert(scaling, len(lora_A))
+    checks.check_linear(x, weight, bias, lora_B)
+    checks.check_router(x, lora_A, gate_weight, gate_bias, gate, routed)
+    if len(lora_A) != len(lora_B) or lora_A.shape[1] != lora_B.shape[2]:
+        raise ValueError(
+            f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} disagree: "
+            "take [E, rank, K] and [E, N, rank]"
+        )
+    checks.check_backend(backend, x)
+    y, gates = torch.ops.mogu.mogu_linear(
+        x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed,
+        return_gates, backend, "" if config is None else str(config),
+    )  # fmt: skip
+    return (y, gates) if return_gates else y
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    """The operands in autocast's dtype where it is on; routers stay wide, so they are not here."""
+    device = tensors[0].device.type if tensors[0] is not None else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _implementation(*args):
+    """CPU, CUDA and ROCm: `backend` decides, and has been checked against the device."""
+    *operands, return_gates, backend, config = args
+    x = operands[0]
+    if backend == "eager" or (backend == "auto" and x.device.type == "cpu"):
+        with torch.autocast(x.device.type, enabled=False):  # it would narrow the router's linear
+            y, gates = eager.mogu_linear(*operands)
+        return y, gates if return_gates else gates.new_empty(len(x), 0)
+    from mogu_kernels import launch  # Triton is imported by whoever needs it
+
+    tiles = TileConfig.parse(config) if config else None
+    return launch.mogu_linear(*operands, return_gates=return_gates, config=tiles)
+
+
+def _fake(x, weight, bias, lora_A, *args):
+    """Shapes and dtypes only."""
+    return_gates = args[-3]
+    gates_dtype = torch.promote_types(x.dtype, torch.float32)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    columns = lora_A.shape[0] if return_gates else 0
+    return y, x.new_empty(x.shape[0], columns, dtype=gates_dtype)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scaling, ctx.gate, routed, ctx.return_gates, _, _ = inputs
+    ctx.save_for_backward(*tensors, routed)
+
+
+def _backward(ctx, grad_y, grad_gates):
+    *tensors, routed = ctx.saved_tensors
+    grads = eager.mogu_linear_backward(
+        grad_y,
+        grad_gates if ctx.return_gates else None,
+        *tensors,
+        scaling=ctx.scaling,
+        gate=ctx.gate,
+        routed=routed,
+        wanted=ctx.needs_input_grad[: len(tensors)],
+    )
+    return *grads, None, None, None, None, None, None
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("mogu_linear", _implementation, _key)
+torch.library.register_fake("mogu::mogu_linear", _fake, lib=_LIBRARY)
+torch.library.register_autograd("mogu::mogu_linear", _backward, setup_context=_save, lib=_LIBRARY)
