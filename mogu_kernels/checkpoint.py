@@ -144,12 +144,11 @@ class MoGUConfig:
         }
         if missing := sorted(needed - set(values)):
             raise ValueError(f"keys missing in the config: {', '.join(missing)}")
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**arguments)
 
 
 @dataclasses.dataclass

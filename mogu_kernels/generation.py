@@ -10,7 +10,6 @@ from mogu_kernels.modules import routing
 
 _UNSUPPORTED = {
     "num_beams": "beam search",
-    "num_return_sequences": "several sequences per prompt",
     "assistant_model": "assisted decoding",
     "streamer": "streaming",
     "return_dict_in_generate": "a dictionary of outputs",
@@ -45,7 +44,8 @@ def generate(
         **kwargs: to the model's own `generate`: sampling, stopping criteria, logits processors.
 
     Returns:
-        [batch, tokens + new tokens], padded on the right where a sequence ended early.
+        [batch * num_return_sequences, tokens + new tokens], padded on the right where a sequence
+        ended early.
 
     Raises:
         ValueError: an unknown hand-over, a number of tokens below zero, something that routed
@@ -70,9 +70,11 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens}: take at least 1")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
+    copies, config.num_return_sequences = config.num_return_sequences or 1, 1
+    sequences = input_ids.repeat_interleave(copies, 0)
+    attention_mask = attention_mask.repeat_interleave(copies, 0)
     first = max_new_tokens if routed_tokens is None else min(routed_tokens, max_new_tokens)
 
-    sequences = input_ids
     if first:
         with routing(model, True):
             sequences = _continue(model, sequences, attention_mask, first, config, prompt, kwargs)

@@ -155,6 +155,75 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+def seeded_checkpoint(
+    model: nn.Module,
+    target_modules: Sequence[str],
+    *,
+    ranks: Sequence[int] = (8, 8),
+    layers: Sequence[int] | None = None,
+    router: str = "mlp",
+    router_hidden: int = 512,
+    gate: str = "sigmoid",
+    expert_names: Sequence[str] = ("glad", "unwill"),
+    strength: float = 0.02,
+    seed: int = 0,
+) -> MoGUCheckpoint:
+    """Make a checkpoint of random experts and routers: to start from, or to try things out.
+
+    Args:
+        model: an architecture of the table.
+        target_modules: such as ("o_proj",).
+        ranks: one per expert; lora_alpha is twice the rank.
+        layers: as in `target_linears`.
+        router: "mlp" (as published) or "linear".
+        router_hidden: width of the "mlp" router.
+        gate: "sigmoid" or "softmax".
+        expert_names: one per expert.
+        strength: standard deviation of `lora_B`; 0 leaves the base's answer up to the gates' total.
+        seed: of a generator of its own.
+
+    Raises:
+        ValueError: as `target_linears` and `MoGUConfig`.
+    """
+    config = MoGUConfig(
+        base_model=getattr(getattr(model, "config", None), "_name_or_path", "") or "unnamed",
+        architecture=_architecture(model),
+        target_modules=tuple(target_modules),
+        ranks=tuple(ranks),
+        lora_alpha=tuple(2.0 * rank for rank in ranks),
+        gate=gate,
+        router=router,
+        router_hidden=router_hidden,
+        expert_names=tuple(expert_names),
+        provenance={"trained": False, "seed": seed},
+    )
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, std):
+        return torch.randn(*shape, generator=generator) * std
+
+    E, H, tensors = config.num_experts, router_hidden, {}
+    for name, linear in target_linears(model, target_modules, layers).items():
+        N, K = linear.weight.shape
+        lora_A = normal(E, config.rank, K, std=K**-0.5)
+        lora_B = normal(E, N, config.rank, std=strength)
+        for e, rank in enumerate(ranks):
+            lora_A[e, rank:], lora_B[e, :, rank:] = 0, 0
+        own = {"lora_A": lora_A, "lora_B": lora_B}
+        if router == "linear":
+            own |= {"gate_weight": normal(E, K, std=K**-0.5), "gate_bias": normal(E, std=0.1)}
+        else:
+            own |= {
+                "router.linear_0.weight": normal(E, H, K, std=K**-0.5),
+                "router.linear_1.weight": normal(E, K, H, std=H**-0.5),
+                "router.linear_1.bias": normal(E, K, std=0.1),
+                "router.linear_2.weight": normal(E, 1, K, std=K**-0.5),
+                "router.linear_2.bias": normal(E, 1, std=0.1),
+            }
+        tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+    return MoGUCheckpoint(config, tensors)
+
+
 def _architecture(model: nn.Module) -> str:
     """The class name, through wrappers that keep a Hugging Face config."""
     names = getattr(getattr(model, "config", None), "architectures", None)

@@ -162,7 +162,7 @@ class MoGULinear(nn.Linear):
                 self._set_gate(*self.router.fold(self._gate_dtype()))
         return self
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         routing = self.routing
         if not routing.enabled:
@@ -226,18 +226,16 @@ class MoGULinear(nn.Linear):
         return self._split
 
     def _apply(self, fn, recurse=True):
-        """`.to()`, `.half()` and kin: the folded router follows the device but keeps fp32."""
-        gates = {name: self._parameters.pop(name, None) for name in _GATE_PARAMETERS}
-        super()._apply(fn, recurse)
-        for name, gate in gates.items():
-            if gate is not None:
-                with torch.no_grad():
-                    moved = fn(gate.data)
-                    if moved.dtype != gate.dtype:
-                        moved = gate.data.to(moved.device, self._gate_dtype())
-                gate.data = moved
-                self._parameters[name] = gate
-        return self
+        """`.to()`, `.half()` and kin: the folded router follows the device, but stays wide."""
+        gates = [self._parameters.get(name) for name in _GATE_PARAMETERS]
+
+        def keep_wide(tensor):
+            moved = fn(tensor)
+            if not any(tensor is gate for gate in gates):
+                return moved
+            return tensor.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+        return super()._apply(keep_wide, recurse)
 
 
 def routed_modules(model: nn.Module) -> dict[str, MoGULinear]:

@@ -57,6 +57,7 @@ def rank_factors(gates, columns, E: tl.constexpr, RANK: tl.constexpr, SCALING: t
     experts = tl.arange(0, EXPERT_COLUMNS)
     factors = tl.zeros([gates.shape[0], columns.shape[0]], tl.float32)
     for e in tl.static_range(E):
-        gate = tl.sum(tl.where((experts == e)[None, :], gates, 0.0), axis=1) * SCALING[e]
-        factors = tl.where((columns // RANK == e)[None, :], gate[:, None], factors)
+        rank_gate = tl.sum(tl.where((experts == e)[None, :], gates, 0.0), axis=1)
+        factor = (rank_gate * SCALING[e])[:, None]
+        factors = tl.where((columns // RANK == e)[None, :], factor, factors)
     return factors

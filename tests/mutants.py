@@ -1,0 +1,188 @@
+"""Kernels with one fault each, for the tests to find."""
+
+import contextlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from mogu_kernels import kernels, launch
+
+FOLDER = Path(kernels.__file__).parent
+GEMMS = ("fused", "gated_linear")
+ROUTERS = ("fused", "shrink_gate")
+ALL = (*GEMMS, "shrink_gate")
+
+# file, what stands there, what the mutant has instead
+FAULTS = {
+    "experts-swapped": ("gates", "(experts == e)", "(experts == E - 1 - e)"),
+    "gate-ignored": ("gates", "rank_gate * SCALING[e]", "rank_gate * 0.0 + SCALING[e]"),
+    "scaling-ignored": ("gates", "rank_gate * SCALING[e]", "rank_gate"),
+    "gate-bias-ignored": ("gates", "gate_bias.to(tl.float32)[None, :]", "0.0"),
+    "gate-bias-stride-hard-coded": ("gates", "experts * stride_c", "experts"),
+    "low-part-of-router-dropped": (
+        "gates",
+        "(columns // EXPERT_COLUMNS < TERMS)",
+        "(columns // EXPERT_COLUMNS < 1)",
+    ),
+    "router-stride-hard-coded": ("gates", "* stride_ue", "* 1"),
+    "softmax-over-absent-experts": ("gates", '-float("inf")', "0.0"),
+    "softmax-not-normalised": ("gates", "exps / tl.sum(exps, axis=1)[:, None]", "exps"),
+    "absent-experts-have-gates": (
+        "gates",
+        "return tl.where((experts < E)[None, :], gates, 0.0)",
+        "return gates",
+    ),
+    "rank-of-the-wrong-expert": ("gates", "columns // RANK == e", "columns % E == e"),
+    "total-ignored": (GEMMS, "acc *= total[:, None]", "acc *= 1.0"),
+    "bias-added-after-the-gate": (
+        GEMMS,
+        "acc += bias.to(tl.float32)[None, :]",
+        "acc += bias.to(tl.float32)[None, :] / total[:, None]",
+    ),
+    "bias-dropped": (GEMMS, "acc += bias", "acc += 0 * bias"),
+    "bias-stride-hard-coded": (GEMMS, "offs_n * stride_bias", "offs_n"),
+    "mask-m-dropped-on-x": (
+        ALL,
+        "x_ptrs, mask=mask_m[:, None] & mask_k[None, :]",
+        "x_ptrs, mask=mask_k[None, :]",
+    ),
+    "mask-k-dropped-on-x": (
+        ALL,
+        "x_ptrs, mask=mask_m[:, None] & mask_k[None, :]",
+        "x_ptrs, mask=mask_m[:, None]",
+    ),
+    "mask-k-dropped-on-weight": (
+        GEMMS,
+        "w_ptrs, mask=mask_k[:, None] & mask_n[None, :]",
+        "w_ptrs, mask=mask_n[None, :]",
+    ),
+    "mask-n-dropped-on-weight": (
+        GEMMS,
+        "w_ptrs, mask=mask_k[:, None] & mask_n[None, :]",
+        "w_ptrs, mask=mask_k[:, None]",
+    ),
+    "mask-k-dropped-on-lora-A": (
+        ROUTERS,
+        "a_ptrs, mask=mask_k[:, None] & mask_r[None, :]",
+        "a_ptrs, mask=mask_r[None, :]",
+    ),
+    "mask-r-dropped-on-lora-A": (
+        ROUTERS,
+        "a_ptrs, mask=mask_k[:, None] & mask_r[None, :]",
+        "a_ptrs, mask=mask_k[:, None]",
+    ),
+    "mask-k-dropped-on-router": (
+        ROUTERS,
+        "u_ptrs, mask=mask_k[:, None] & mask_u[None, :]",
+        "u_ptrs, mask=mask_u[None, :]",
+    ),
+    "mask-experts-dropped-on-router": (
+        ROUTERS,
+        "u_ptrs, mask=mask_k[:, None] & mask_u[None, :]",
+        "u_ptrs, mask=mask_k[:, None]",
+    ),
+    "mask-r-dropped-on-lora-B": (
+        GEMMS,
+        "b_ptrs, mask=mask_r[:, None] & mask_n[None, :]",
+        "b_ptrs, mask=mask_n[None, :]",
+    ),
+    "mask-n-dropped-on-lora-B": (
+        GEMMS,
+        "b_ptrs, mask=mask_r[:, None] & mask_n[None, :]",
+        "b_ptrs, mask=mask_r[:, None]",
+    ),
+    "mask-m-dropped-on-y": (
+        GEMMS,
+        "mask=mask_m[:, None] & mask_n[None, :])",
+        "mask=mask_n[None, :])",
+    ),
+    "mask-n-dropped-on-y": (
+        GEMMS,
+        "mask=mask_m[:, None] & mask_n[None, :])",
+        "mask=mask_m[:, None])",
+    ),
+    "a-column-of-y-not-stored": (
+        GEMMS,
+        "mask=mask_m[:, None] & mask_n[None, :])",
+        "mask=mask_m[:, None] & (mask_n & (offs_n != 3))[None, :])",
+    ),
+    "a-gate-column-not-stored": (
+        ROUTERS,
+        "(experts < E)[None, :] & (pid",
+        "(experts < E - 1)[None, :] & (pid",
+    ),
+    "stride-of-x-hard-coded": (ALL, "x_ptrs += BLOCK_K * stride_xk", "x_ptrs += BLOCK_K"),
+    "stride-of-weight-hard-coded": (GEMMS, "* stride_wn", "* K"),
+    "stride-of-lora-A-hard-coded": (ROUTERS, "* stride_ae", "* (RANK * K)"),
+    "stride-of-lora-B-hard-coded": (GEMMS, "* stride_be", "* (RANK * N)"),
+    "last-k-tile-skipped": (ALL, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K + 1, BLOCK_K)"),
+    "accumulates-in-half": (
+        GEMMS,
+        'acc = tl.dot(x, w, acc, input_precision="ieee")',
+        "acc = tl.dot(x, w, acc).to(x.dtype).to(tl.float32)",
+    ),
+    "shrunk-in-half-before-gating": (
+        ROUTERS,
+        "    shrunk *= rank_factors",
+        "    shrunk = shrunk.to(x.dtype).to(tl.float32)\n    shrunk *= rank_factors",
+    ),
+    "routed-mask-ignored": (ROUTERS, "if HAS_ROUTED:", "if False:"),
+    "routed-mask-on-total-only": (
+        ROUTERS,
+        "shrunk = tl.where(routed[:, None], shrunk, 0.0)",
+        "shrunk = shrunk",
+    ),
+    "routed-mask-on-ranks-only": (ROUTERS, "total = tl.where(routed, total, 1.0)", "total = total"),
+    "rows-of-tiles-lost": ("tiles", "min(tiles_m - group * GROUP_M, GROUP_M)", "GROUP_M"),
+    "last-chunk-of-ranks-skipped": (
+        "gated_linear",
+        "static_range(0, E * RANK, BLOCK_R)",
+        "static_range(0, E * RANK - BLOCK_R + 1, BLOCK_R)",
+    ),
+}
+
+
+@contextlib.contextmanager
+def mutant(fault: str, file: str) -> Iterator[None]:
+    """`launch` uses kernels in which `file` has the fault."""
+    _, old, new = FAULTS[fault]
+    source = (FOLDER / f"{file}.py").read_text()
+    assert old in source, f"{fault}: {file}.py no longer has {old!r}"
+    fresh = _rebuilt(file, source.replace(old, new))
+    names = [name for name in vars(launch) if name.endswith("_kernel")]
+    originals = {name: getattr(launch, name) for name in names}
+    try:
+        for name in names:
+            setattr(launch, name, getattr(fresh[name.removesuffix("_kernel")], name))
+        yield
+    finally:
+        for name, kernel in originals.items():
+            setattr(launch, name, kernel)
+
+
+def files_of(fault: str) -> tuple[str, ...]:
+    """The files that a fault is put into, one mutant each."""
+    where = FAULTS[fault][0]
+    return (where,) if isinstance(where, str) else where
+
+
+def _rebuilt(file: str, source: str) -> dict:
+    """All kernel modules anew, in the order of their imports, one of them from `source`."""
+    fresh, kept = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / f"{file}.py"
+        changed.write_text(source)
+        try:
+            for name in ("gates", "tiles", "fused", "shrink_gate", "gated_linear"):
+                full = f"mogu_kernels.kernels.{name}"
+                path = changed if name == file else FOLDER / f"{name}.py"
+                spec = importlib.util.spec_from_file_location(full, path)
+                module = importlib.util.module_from_spec(spec)
+                kept[full], sys.modules[full] = sys.modules[full], module
+                spec.loader.exec_module(module)
+                fresh[name] = module
+        finally:
+            sys.modules.update(kept)
+    return fresh
