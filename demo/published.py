@@ -1,5 +1,7 @@
 """The published procedure with our checkpoints: a second model of `reference` projections."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -39,7 +41,7 @@ def published_projection(base: nn.Module, tensors, config) -> reference.RoutedPr
         return module
 
     projection = reference.RoutedProjection(
-        base, lora(unwill), lora(glad), router(unwill), router(glad), config.gate
+        copy.deepcopy(base), lora(unwill), lora(glad), router(unwill), router(glad), config.gate
     )
     return projection.to(**like).eval().requires_grad_(False)
 

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mogu_kernels.router import fold_router
+
 FORMAT_VERSION = 1
 CONFIG_FILE = "mogu_config.json"
 TENSORS_FILE = "mogu_model.safetensors"
@@ -179,6 +181,24 @@ class MoGUCheckpoint:
             for key, tensor in self.tensors.items()
             if key.startswith(prefix)
         }
+
+    def folded(self, dtype: torch.dtype = torch.float32) -> "MoGUCheckpoint":
+        """The same with "mlp" routers folded, exactly, into vectors of `dtype`."""
+        if self.config.router == "linear":
+            return self
+        tensors = {}
+        for module in self.modules:
+            own = self.module_tensors(module)
+            linears = {
+                key.removeprefix("router.").replace(".", "_"): tensor
+                for key, tensor in own.items()
+                if key.startswith("router.")
+            }
+            gate_weight, gate_bias = fold_router(**linears, dtype=dtype)
+            tensors[f"{module}.lora_A"], tensors[f"{module}.lora_B"] = own["lora_A"], own["lora_B"]
+            tensors[f"{module}.gate_weight"] = gate_weight
+            tensors[f"{module}.gate_bias"] = gate_bias
+        return MoGUCheckpoint(dataclasses.replace(self.config, router="linear"), tensors)
 
     def validate(self) -> None:
         """Check every tensor against the config.

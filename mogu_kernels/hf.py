@@ -5,11 +5,10 @@ import os
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mogu_kernels.checkpoint import MoGUCheckpoint, MoGUConfig, load_checkpoint
 from mogu_kernels.modules import MoGULinear, RoutingState, routed_modules
-from mogu_kernels.router import fold_router
 
 # last name components of the projections that may be routed, by architecture
 ARCHITECTURES = {
@@ -118,6 +117,8 @@ def attach(
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = load_checkpoint(checkpoint)
     checkpoint.validate()
+    if not trainable:
+        checkpoint = checkpoint.folded(_router_dtype(model))
     config = checkpoint.config
     if config.architecture != _architecture(model):
         raise ValueError(
@@ -230,6 +231,12 @@ def _architecture(model: nn.Module) -> str:
     return names[0] if names else type(model).__name__
 
 
+def _router_dtype(model: nn.Module) -> torch.dtype:
+    """Fp32, or fp64 for a model in fp64."""
+    parameter = next(model.parameters(), torch.empty(0))
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
 def _routed(
     name: str, linear: nn.Linear, config: MoGUConfig, checkpoint: MoGUCheckpoint, trainable: bool
 ) -> MoGULinear:
@@ -243,15 +250,12 @@ def _routed(
         )
     if linear.weight.is_meta:
         raise ValueError(f"{name} is on the meta device: load the model before attaching")
-    kind = config.router if trainable else "linear"
-    if kind != config.router:
-        tensors = _folded(tensors, torch.promote_types(linear.weight.dtype, torch.float32))
     module = MoGULinear.from_linear(
         linear,
         config.rank,
         config.num_experts,
         config.gate,
-        router=kind,
+        router=config.router,
         scaling=config.scaling,
         router_hidden=config.router_hidden,
     )
@@ -260,15 +264,3 @@ def _routed(
             parameter.requires_grad_(trainable)
             parameter.data.copy_(tensors[key])
     return module
-
-
-def _folded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one module with the published router folded."""
-    linears = {
-        key.removeprefix("router.").replace(".", "_"): tensor
-        for key, tensor in tensors.items()
-        if key.startswith("router.")
-    }
-    gate_weight, gate_bias = fold_router(**linears, dtype=dtype)
-    experts = {key: tensors[key] for key in ("lora_A", "lora_B")}
-    return experts | {"gate_weight": gate_weight, "gate_bias": gate_bias}

@@ -123,11 +123,6 @@ FAULTS = {
         'acc = tl.dot(x, w, acc, input_precision="ieee")',
         "acc = tl.dot(x, w, acc).to(x.dtype).to(tl.float32)",
     ),
-    "shrunk-in-half-before-gating": (
-        ROUTERS,
-        "    shrunk *= rank_factors",
-        "    shrunk = shrunk.to(x.dtype).to(tl.float32)\n    shrunk *= rank_factors",
-    ),
     "routed-mask-ignored": (ROUTERS, "if HAS_ROUTED:", "if False:"),
     "routed-mask-on-total-only": (
         ROUTERS,
@@ -150,16 +145,20 @@ def mutant(fault: str, file: str) -> Iterator[None]:
     _, old, new = FAULTS[fault]
     source = (FOLDER / f"{file}.py").read_text()
     assert old in source, f"{fault}: {file}.py no longer has {old!r}"
-    fresh = _rebuilt(file, source.replace(old, new))
     names = [name for name in vars(launch) if name.endswith("_kernel")]
     originals = {name: getattr(launch, name) for name in names}
-    try:
-        for name in names:
-            setattr(launch, name, getattr(fresh[name.removesuffix("_kernel")], name))
-        yield
-    finally:
-        for name, kernel in originals.items():
-            setattr(launch, name, kernel)
+    # the interpreter reads a kernel's source again when it is first launched
+    with tempfile.TemporaryDirectory() as folder:
+        changed = Path(folder) / f"{file}.py"
+        changed.write_text(source.replace(old, new))
+        fresh = _rebuilt(file, changed)
+        try:
+            for name in names:
+                setattr(launch, name, getattr(fresh[name.removesuffix("_kernel")], name))
+            yield
+        finally:
+            for name, kernel in originals.items():
+                setattr(launch, name, kernel)
 
 
 def files_of(fault: str) -> tuple[str, ...]:
@@ -168,21 +167,18 @@ def files_of(fault: str) -> tuple[str, ...]:
     return (where,) if isinstance(where, str) else where
 
 
-def _rebuilt(file: str, source: str) -> dict:
-    """All kernel modules anew, in the order of their imports, one of them from `source`."""
+def _rebuilt(file: str, changed: Path) -> dict:
+    """All kernel modules anew, in the order of their imports, one of them from `changed`."""
     fresh, kept = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        changed = Path(folder) / f"{file}.py"
-        changed.write_text(source)
-        try:
-            for name in ("gates", "tiles", "fused", "shrink_gate", "gated_linear"):
-                full = f"mogu_kernels.kernels.{name}"
-                path = changed if name == file else FOLDER / f"{name}.py"
-                spec = importlib.util.spec_from_file_location(full, path)
-                module = importlib.util.module_from_spec(spec)
-                kept[full], sys.modules[full] = sys.modules[full], module
-                spec.loader.exec_module(module)
-                fresh[name] = module
-        finally:
-            sys.modules.update(kept)
+    try:
+        for name in ("gates", "tiles", "fused", "shrink_gate", "gated_linear"):
+            full = f"mogu_kernels.kernels.{name}"
+            path = changed if name == file else FOLDER / f"{name}.py"
+            spec = importlib.util.spec_from_file_location(full, path)
+            module = importlib.util.module_from_spec(spec)
+            kept[full], sys.modules[full] = sys.modules[full], module
+            spec.loader.exec_module(module)
+            fresh[name] = module
+    finally:
+        sys.modules.update(kept)
     return fresh

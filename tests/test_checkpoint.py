@@ -73,6 +73,20 @@ def test_scaling_is_alpha_over_each_experts_own_rank():
     assert config(ranks=(4, 0)).scaling == (2.0, 0.0)
 
 
+def test_folding_keeps_experts_and_drops_the_linears(tmp_path):
+    original = example("mlp")
+    folded = original.folded()
+    save_checkpoint(folded, tmp_path)
+    assert same(load_checkpoint(tmp_path), folded)
+    assert folded.config.router == "linear"
+    assert len(folded.tensors) == 8
+    name = folded.modules[0]
+    u = original.module_tensors(name)
+    vector = u["router.linear_2.weight"] @ u["router.linear_1.weight"] @ u["router.linear_0.weight"]
+    torch.testing.assert_close(folded.tensors[f"{name}.gate_weight"], vector[:, 0])
+    assert folded.folded() is folded
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_save_leaves_the_previous_checkpoint(call, tmp_path, monkeypatch):
     first, second = example(), example()

@@ -16,21 +16,20 @@ ALLOWED = {
     "mogu_kernels/eager.py": {"torch"},
     "mogu_kernels/router.py": {"torch"},
     "mogu_kernels/checks.py": {"torch", "triton"},
-    "mogu_kernels/checkpoint.py": {"torch", "safetensors"},
+    "mogu_kernels/checkpoint.py": {"torch", "safetensors", "mogu_kernels.router"},
     "mogu_kernels/launch.py": {
         "torch",
         "mogu_kernels.kernels",
         "mogu_kernels.router",
         "mogu_kernels.tuning",
     },
-    "mogu_kernels/ops.py": {"torch", "mogu_kernels"},
+    "mogu_kernels/ops.py": {"torch", "mogu_kernels", "mogu_kernels.tuning"},
     "mogu_kernels/modules.py": {"torch", "mogu_kernels.ops", "mogu_kernels.router", "mogu_kernels"},
     "mogu_kernels/generation.py": {"torch", "mogu_kernels.modules"},
     "mogu_kernels/hf.py": {
         "torch",
         "mogu_kernels.checkpoint",
         "mogu_kernels.modules",
-        "mogu_kernels.router",
     },
     "reference/*.py": {"torch", "reference"},
 }

@@ -1,0 +1,1 @@
+"""Measurements: what the kernels cost, counted and timed."""
