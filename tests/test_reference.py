@@ -47,6 +47,38 @@ def test_the_two_experts_visibly_differ():
     assert (module(h) - y).abs().max() > 0.01
 
 
+def test_defaults_and_names_are_the_published_ones():
+    lora, router = reference.LoRA(16, 24), reference.Router(16)
+    assert (lora.scaling, lora.dropout.p) == (2.0, 0.05)
+    assert {name: tuple(p.shape) for name, p in lora.named_parameters()} == {
+        "lora_A.weight": (8, 16),
+        "lora_B.weight": (24, 8),
+    }
+    assert {name: tuple(p.shape) for name, p in router.named_parameters()} == {
+        "linear_0.weight": (512, 16),
+        "linear_1.weight": (16, 512),
+        "linear_1.bias": (16,),
+        "linear_2.weight": (1, 16),
+        "linear_2.bias": (1,),
+    }
+
+
+def test_routing_leaves_the_given_model_alone():
+    model, name = tiny.llama(), "model.layers.0.self_attn.o_proj"
+    base = model.get_submodule(name)
+    loras = [reference.LoRA(base.in_features, base.out_features) for _ in range(2)]
+    routers = [reference.Router(base.in_features) for _ in range(2)]
+    module = reference.RoutedProjection(base, *loras, *routers)
+    before = model(tiny.prompt()).logits
+    routed = reference.route(model.train(), {name: module})
+    assert routed.get_submodule(name) is module
+    assert not module.training
+    assert model.get_submodule(name) is base
+    assert routed.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
+    assert torch.equal(model.eval()(tiny.prompt()).logits, before)
+    assert not torch.allclose(routed(tiny.prompt()).logits, before)
+
+
 def test_dropout_acts_in_training_only():
     lora = reference.LoRA(64, 7).double()
     h = torch.ones(1, 64, dtype=torch.float64)
@@ -71,23 +103,34 @@ def test_responder_losses_are_mean_ratios_per_pair():
 
 
 def test_router_loss_pulls_each_gate_to_its_own_side():
-    alphas, betas = [torch.full((1, 2, 1), 0.25)] * 3, [torch.full((1, 2, 1), 0.5)] * 3
+    alphas, betas = [torch.full((1, 2, 1), 0.25)] * 3, [torch.ones(1, 2, 1)] * 3
     benign = reference.router_loss(torch.tensor(1.0), alphas, betas, malicious=False)
     malicious = reference.router_loss(torch.tensor(1.0), alphas, betas, malicious=True)
-    assert benign == 1 + 2 * (0.0625 + 0.25)
-    assert malicious == 1 + 2 * (0.5625 + 0.25)
+    assert benign == 1 + 2 * (0.0625 + 0)
+    assert malicious == 1 + 2 * (0.5625 + 1)
 
 
 def test_decoding_routes_five_tokens_then_the_base_goes_on_afresh():
     model, other = tiny.llama(), tiny.llama(initializer_range=0.3)
-    ids = tiny.prompt()
+    ids = tiny.prompt(seed=3)
     out = reference.mogu_generate(other, model, ids, max_new_tokens=9)
     expected = ids
     for step in range(9):
         logits = (other if step < 5 else model)(expected).logits
         expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert torch.equal(out, expected)
-    assert not torch.equal(out, reference.mogu_generate(model, model, ids, 9))
+    for wrong in (0, 4, 6, 9):
+        assert not torch.equal(out, reference.mogu_generate(other, model, ids, 9, (), wrong))
+    assert torch.equal(reference.mogu_generate(other, model, ids, 3), expected[:, : 9 + 3])
+
+
+def test_decoding_stays_greedy_whatever_the_generation_config_says():
+    model, ids = tiny.llama(), tiny.prompt()
+    expected = reference.mogu_generate(model, model, ids, 16)
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_k, config.num_beams = True, 9.0, 7, 2
+    config.repetition_penalty = 9.0
+    assert torch.equal(reference.mogu_generate(model, model, ids, 16), expected)
 
 
 @pytest.mark.parametrize("step", [0, 2, 4, 6])

