@@ -1,21 +1,33 @@
 """Tensors in, kernel launches out: the only file that knows both torch and the kernels.
 
-Arguments have been checked by `ops`; outputs are given. An empty output launches nothing.
+Arguments have been checked by `ops`. An empty output launches nothing.
 """
 
-# pyright: reportCallIssue=false
-# (num_warps and num_stages are keywords of Triton's own)
+import functools
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mogu_kernels.kernels.fused import fused_kernel
+from mogu_kernels.kernels.gated_expand import gated_expand_kernel
 from mogu_kernels.kernels.gated_linear import gated_linear_kernel
+from mogu_kernels.kernels.gated_mlp import gated_mlp_kernel
+from mogu_kernels.kernels.one_launch import one_launch_kernel
+from mogu_kernels.kernels.persistent_linear import persistent_linear_kernel
 from mogu_kernels.kernels.shrink_gate import shrink_gate_kernel
 from mogu_kernels.router import split_gate_weight
-from mogu_kernels.tuning import WIDEST_FUSED_RANK, TileConfig, shrink_config, tile_config
+from mogu_kernels.tuning import (
+    WIDEST_FUSED_RANK,
+    Target,
+    TileConfig,
+    shrink_config,
+    tile_config,
+)
 
 WIDEST_CHUNK = 64  # rank columns that one dot of an epilogue, or one program of the shrink, takes
+EXPAND_TILE = (64, 128)  # rows and columns of y that one program of `gated_expand_` owns
+DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def mogu_linear(
@@ -33,159 +45,362 @@ def mogu_linear(
     config: TileConfig | None,
 ) -> tuple[Tensor, Tensor]:
     """Y [M, N] and gates [M, E] fp32 ([M, 0] unless asked for), in one launch or two."""
-    M, N, E, rank = len(x), len(weight), lora_A.shape[0], lora_A.shape[1]
+    E, rank, _ = lora_A.shape
+    tiles = config or choose_tiles("mogu_linear", x, len(weight), E * rank)
+    if tiles.kernel == "two_launch" and not tiles.one_launch:
+        shrunk, total, gates = shrink_gate(
+            x, [lora_A], [gate_weight], [gate_bias], scaling, gate, routed, return_gates, tiles.pdl
+        )
+        return gated_linear(x, weight, bias, shrunk[0], total[0], lora_B, tiles), gates[0]
+    M, N = len(x), len(weight)
     y = _empty(M, N, dtype=x.dtype, device=x.device)
     gates = _empty(M, E if return_gates else 0, dtype=torch.float32, device=x.device)
-    tiles = config or tile_config(M, E * rank, x.element_size())
-    router = (gate_weight, gate_bias, scaling, gate, routed, gates)
     if y.numel() == 0:
-        pass
-    elif tiles.kernel == "fused":
-        _fused(x, weight, bias, lora_A, lora_B, *router, y, tiles)
-    else:
-        shrunk = _empty(M, E * rank, dtype=x.dtype, device=x.device)
-        total = _empty(M, dtype=torch.float32, device=x.device)
-        _shrink_gate(x, lora_A, *router, shrunk, total)
-        _gated_linear(x, weight, bias, shrunk, total, lora_B, y, tiles)
-    return y, gates
-
-
-def _fused(
-    x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed, gates, y, tiles
-):
-    (M, K), N, rank_columns = x.shape, len(weight), lora_A.shape[0] * lora_A.shape[1]
-    if rank_columns > WIDEST_FUSED_RANK:
-        raise ValueError(
-            f"{rank_columns} rank columns do not fit the one-launch kernel, which holds "
-            f"{WIDEST_FUSED_RANK}: take a two_launch config"
-        )
-    grid = (_tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N),)
-    _run(
-        fused_kernel,
-        grid,
-        x_ptr=x,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        lora_B_ptr=lora_B,
-        y_ptr=y,
-        M=M,
-        N=N,
-        K=K,
-        stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1),
-        stride_bias=0 if bias is None else bias.stride(0),
-        stride_be=lora_B.stride(0),
-        stride_bn=lora_B.stride(1),
-        stride_br=lora_B.stride(2),
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
-        RANK_COLUMNS=_power_of_two(rank_columns),
-        HAS_BIAS=bias is not None,
-        BLOCK_M=tiles.BLOCK_M,
-        BLOCK_N=tiles.BLOCK_N,
-        BLOCK_K=tiles.BLOCK_K,
-        GROUP_M=tiles.GROUP_M,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        **_router_arguments(x, lora_A, gate_weight, gate_bias, scaling, gate, routed, gates),
-    )
-
-
-def _shrink_gate(x, lora_A, gate_weight, gate_bias, scaling, gate, routed, gates, shrunk, total):
-    M, K = x.shape
-    tiles = shrink_config(M)
-    rank_columns = min(_power_of_two(shrunk.shape[1]), WIDEST_CHUNK)
-    _run(
-        shrink_gate_kernel,
-        (_tiles(M, tiles.BLOCK_M), _tiles(shrunk.shape[1], rank_columns)),
-        x_ptr=x,
-        shrunk_ptr=shrunk,
-        total_ptr=total,
-        M=M,
-        K=K,
-        stride_sm=shrunk.stride(0),
-        stride_sr=shrunk.stride(1),
-        stride_total=total.stride(0),
-        RANK_COLUMNS=rank_columns,
-        BLOCK_M=tiles.BLOCK_M,
-        BLOCK_K=tiles.BLOCK_K,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        **_router_arguments(x, lora_A, gate_weight, gate_bias, scaling, gate, routed, gates),
-    )
-
-
-def _gated_linear(x, weight, bias, shrunk, total, lora_B, y, tiles):
-    (M, K), N = x.shape, len(weight)
-    E, _, rank = lora_B.shape
-    _run(
-        gated_linear_kernel,
-        (_tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N),),
-        x_ptr=x,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        shrunk_ptr=shrunk,
-        total_ptr=total,
-        lora_B_ptr=lora_B,
-        y_ptr=y,
-        M=M,
-        N=N,
-        K=K,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1),
-        stride_bias=0 if bias is None else bias.stride(0),
-        stride_sm=shrunk.stride(0),
-        stride_sr=shrunk.stride(1),
-        stride_total=total.stride(0),
-        stride_be=lora_B.stride(0),
-        stride_bn=lora_B.stride(1),
-        stride_br=lora_B.stride(2),
-        stride_ym=y.stride(0),
-        stride_yn=y.stride(1),
-        E=E,
-        RANK=rank,
-        HAS_BIAS=bias is not None,
-        BLOCK_M=tiles.BLOCK_M,
-        BLOCK_N=tiles.BLOCK_N,
-        BLOCK_K=tiles.BLOCK_K,
-        BLOCK_R=min(_power_of_two(E * rank), WIDEST_CHUNK),
-        GROUP_M=tiles.GROUP_M,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-
-
-def _router_arguments(x, lora_A, gate_weight, gate_bias, scaling, gate, routed, gates):
-    """What every kernel with routers in it takes, by keyword."""
+        return y, gates
     terms = _terms(gate_weight, x.dtype)
-    return {
+    arguments = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
         "lora_A_ptr": lora_A,
+        "lora_B_ptr": lora_B,
         "gate_weight_ptr": terms,
         "gate_bias_ptr": gate_bias,
         "routed_ptr": routed,
+        "y_ptr": y,
         "gates_ptr": gates,
-        "stride_xm": x.stride(0),
-        "stride_xk": x.stride(1),
-        "stride_ae": lora_A.stride(0),
-        "stride_ar": lora_A.stride(1),
-        "stride_ak": lora_A.stride(2),
-        "stride_ut": terms.stride(0),
-        "stride_ue": terms.stride(1),
-        "stride_uk": terms.stride(2),
-        "stride_c": gate_bias.stride(0),
+        "M": M,
+        "N": N,
+        "K": x.shape[1],
         "stride_routed": 0 if routed is None else routed.stride(0),
-        "stride_gm": gates.stride(0),
-        "stride_ge": gates.stride(1),
-        "E": lora_A.shape[0],
-        "RANK": lora_A.shape[1],
         "TERMS": len(terms),
         "SCALING": tuple(scaling),
         "SOFTMAX": gate == "softmax",
         "HAS_ROUTED": routed is not None,
-        "STORE_GATES": gates.numel() > 0,
+        "STORE_GATES": return_gates,
+        **_strides(gates, "gm", "ge"),
+        **_strides(terms, "ut", "ue", "uk"),
+        **_strides(gate_bias, "c"),
+        **_strides(lora_A, "ae", "ar", "ak"),
+        **_base(x, weight, bias, lora_B, y),
+        **_tile_arguments(tiles),
     }
+    if tiles.one_launch:
+        _one_launch(arguments, tiles, E * rank)
+        return y, gates
+    if E * rank > WIDEST_FUSED_RANK:
+        raise ValueError(
+            f"{E * rank} rank columns do not fit the one-launch kernel, which holds "
+            f"{WIDEST_FUSED_RANK}: take a two_launch config"
+        )
+    grid = (_tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N),)
+    _run(fused_kernel, grid, RANK_COLUMNS=_power_of_two(E * rank), **arguments)
+    return y, gates
+
+
+def _one_launch(arguments, tiles, rank_columns):
+    """The flag form: shrink programs first, one flag a row block."""
+    x, M = arguments["x_ptr"], arguments["M"]
+    shrunk = _empty(M, rank_columns, dtype=x.dtype, device=x.device)
+    total = _empty(M, dtype=torch.float32, device=x.device)
+    chunk = min(_power_of_two(rank_columns), WIDEST_CHUNK)
+    row_blocks = _tiles(M, tiles.BLOCK_M)
+    shrinkers = row_blocks * _tiles(rank_columns, chunk)
+    _run(
+        one_launch_kernel,
+        (shrinkers + row_blocks * _tiles(arguments["N"], tiles.BLOCK_N),),
+        shrunk_ptr=shrunk,
+        total_ptr=total,
+        flags_ptr=_flags(x.device, row_blocks),
+        RANK_COLUMNS=chunk,
+        BLOCK_R=chunk,
+        **_strides(shrunk, "sm", "sr"),
+        **_strides(total, "total"),
+        **arguments,
+    )
+
+
+def shrink_gate(
+    x: Tensor,
+    lora_A: list[Tensor],
+    gate_weight: list[Tensor],
+    gate_bias: list[Tensor],
+    scaling: list[float],
+    gate: str,
+    routed: Tensor | None,
+    return_gates: bool,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shrunk [P, M, E * r], total [P, M] and gates [P, M, E] of P projections, in one launch."""
+    (M, K), P, (E, rank, _) = x.shape, len(lora_A), lora_A[0].shape
+    shrunk = _empty(P, M, E * rank, dtype=x.dtype, device=x.device)
+    total = _empty(P, M, dtype=torch.float32, device=x.device)
+    gates = _empty(P, M, E if return_gates else 0, dtype=torch.float32, device=x.device)
+    if M == 0:
+        return shrunk, total, gates
+    lora_A = _alike(lora_A)
+    gate_bias = _alike(gate_bias)
+    terms = _alike([_terms(weight, x.dtype) for weight in gate_weight])
+    tiles = shrink_config(M, DTYPES[x.dtype], target(x.device))
+    chunk = min(_power_of_two(E * rank), WIDEST_CHUNK)
+    _run(
+        shrink_gate_kernel,
+        (_tiles(M, tiles.BLOCK_M), _tiles(E * rank, chunk), P),
+        x_ptr=x,
+        lora_A_ptr=tuple(lora_A),
+        gate_weight_ptr=tuple(terms),
+        gate_bias_ptr=tuple(gate_bias),
+        routed_ptr=routed,
+        shrunk_ptr=shrunk,
+        total_ptr=total,
+        gates_ptr=gates,
+        M=M,
+        K=K,
+        **_strides(x, "xm", "xk"),
+        **_strides(lora_A[0], "ae", "ar", "ak"),
+        **_strides(terms[0], "ut", "ue", "uk"),
+        **_strides(gate_bias[0], "c"),
+        stride_routed=0 if routed is None else routed.stride(0),
+        **_strides(shrunk, "sp", "sm", "sr"),
+        **_strides(total, "tp", "total"),
+        **_strides(gates, "gp", "gm", "ge"),
+        PROJECTIONS=P,
+        E=E,
+        RANK=rank,
+        RANK_COLUMNS=chunk,
+        TERMS=len(terms[0]),
+        SCALING=tuple(scaling),
+        SOFTMAX=gate == "softmax",
+        HAS_ROUTED=routed is not None,
+        STORE_GATES=return_gates,
+        BLOCK_M=tiles.BLOCK_M,
+        BLOCK_K=tiles.BLOCK_K,
+        PDL=pdl,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return shrunk, total, gates
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrunk: Tensor,
+    total: Tensor,
+    lora_B: Tensor,
+    tiles: TileConfig | None,
+) -> Tensor:
+    """Y [M, N] from what `shrink_gate` made of x: the second launch of two."""
+    M, N = len(x), len(weight)
+    y = _empty(M, N, dtype=x.dtype, device=x.device)
+    tiles = tiles or choose_tiles("mogu_linear", x, N, shrunk.shape[1])
+    if y.numel() == 0:
+        return y
+    grid = _tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N)
+    arguments = {
+        "bias_ptr": bias,
+        "shrunk_ptr": shrunk,
+        "total_ptr": total,
+        "lora_B_ptr": lora_B,
+        "y_ptr": y,
+        "M": M,
+        "N": N,
+        "K": x.shape[1],
+        "BLOCK_R": min(_power_of_two(shrunk.shape[1]), WIDEST_CHUNK),
+        "PDL": tiles.pdl,
+        **_strides(shrunk, "sm", "sr"),
+        **_strides(total, "total"),
+        **_base(x, weight, bias, lora_B, y),
+        **_tile_arguments(tiles),
+    }
+    if tiles.descriptors and _describable(x) and _describable(weight):
+        for name in ("stride_xm", "stride_xk", "stride_wn", "stride_wk"):
+            del arguments[name]
+        _run(
+            persistent_linear_kernel,
+            (min(grid, _multiprocessors(x.device)),),
+            x_desc=TensorDescriptor.from_tensor(x, [tiles.BLOCK_M, tiles.BLOCK_K]),
+            weight_desc=TensorDescriptor.from_tensor(weight, [tiles.BLOCK_N, tiles.BLOCK_K]),
+            **arguments,
+        )
+    else:
+        _run(gated_linear_kernel, (grid,), x_ptr=x, weight_ptr=weight, **arguments)
+    return y
+
+
+def gated_expand_(
+    y: Tensor, shrunk: Tensor, total: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> None:
+    """Gate and expand y [M, N] in place, in one launch."""
+    (M, N), (E, _, rank) = y.shape, lora_B.shape
+    if y.numel() == 0:
+        return
+    _run(
+        gated_expand_kernel,
+        (_tiles(M, EXPAND_TILE[0]), _tiles(N, EXPAND_TILE[1])),
+        y_ptr=y,
+        bias_ptr=bias,
+        shrunk_ptr=shrunk,
+        total_ptr=total,
+        lora_B_ptr=lora_B,
+        M=M,
+        N=N,
+        **_strides(y, "ym", "yn"),
+        stride_bias=0 if bias is None else bias.stride(0),
+        **_strides(shrunk, "sm", "sr"),
+        **_strides(total, "total"),
+        **_strides(lora_B, "be", "bn", "br"),
+        E=E,
+        RANK=rank,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=EXPAND_TILE[0],
+        BLOCK_N=EXPAND_TILE[1],
+        BLOCK_R=min(_power_of_two(E * rank), WIDEST_CHUNK),
+        num_warps=4,
+    )
+
+
+def gated_mlp(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor] | None,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    gate_weight: list[Tensor],
+    gate_bias: list[Tensor],
+    scaling: list[float],
+    gate: str,
+    activation: str,
+    routed: Tensor | None,
+    return_gates: bool,
+    config: TileConfig | None,
+) -> tuple[Tensor, Tensor]:
+    """Y [M, N] and gates [2, M, E] fp32, in two launches; every list is gate_proj's, up_proj's."""
+    M, N, (E, rank, _) = len(x), len(weight[0]), lora_A[0].shape
+    tiles = config or choose_tiles("gated_mlp", x, N, E * rank)
+    shrunk, total, gates = shrink_gate(
+        x, lora_A, gate_weight, gate_bias, scaling, gate, routed, return_gates, tiles.pdl
+    )
+    y = _empty(M, N, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y, gates
+    weight, lora_B = _alike(weight), _alike(lora_B)
+    biases = [None, None] if bias is None else _alike(bias)
+    _run(
+        gated_mlp_kernel,
+        (_tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N),),
+        x_ptr=x,
+        weight_0_ptr=weight[0],
+        weight_1_ptr=weight[1],
+        bias_0_ptr=biases[0],
+        bias_1_ptr=biases[1],
+        shrunk_ptr=shrunk,
+        total_ptr=total,
+        lora_B_0_ptr=lora_B[0],
+        lora_B_1_ptr=lora_B[1],
+        y_ptr=y,
+        M=M,
+        N=N,
+        K=x.shape[1],
+        **_strides(shrunk, "sj", "sm", "sr"),
+        **_strides(total, "tj", "total"),
+        **_base(x, weight[0], biases[0], lora_B[0], y),
+        ACTIVATION=activation,
+        BLOCK_R=min(_power_of_two(E * rank), WIDEST_CHUNK),
+        PDL=tiles.pdl,
+        **_tile_arguments(tiles),
+    )
+    return y, gates
+
+
+def choose_tiles(op, x: Tensor, N: int, rank_columns: int) -> TileConfig:
+    """The tiles of an op on x for N out_features."""
+    return tile_config(
+        op,
+        len(x),
+        N,
+        x.shape[1],
+        rank_columns,
+        DTYPES[x.dtype],
+        target(x.device),
+        _device_name(x.device),
+    )
+
+
+@functools.cache
+def target(device: torch.device) -> Target:
+    """The family whose tiles fit a device; the interpreter on a CPU takes any."""
+    if device.type != "cuda":
+        return "ampere"
+    if torch.version.hip:
+        return "cdna"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Programs that a GPU runs at once, one each; two in the interpreter, so that they loop."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _base(x, weight, bias, lora_B, y):
+    """What every kernel with the base GEMM in it takes beside the pointers."""
+    E, _, rank = lora_B.shape
+    return {
+        **_strides(x, "xm", "xk"),
+        **_strides(weight, "wn", "wk"),
+        "stride_bias": 0 if bias is None else bias.stride(0),
+        **_strides(lora_B, "be", "bn", "br"),
+        **_strides(y, "ym", "yn"),
+        "E": E,
+        "RANK": rank,
+        "HAS_BIAS": bias is not None,
+    }
+
+
+def _tile_arguments(tiles: TileConfig):
+    options = {"launch_pdl": True} if tiles.pdl else {}
+    return {
+        "BLOCK_M": tiles.BLOCK_M,
+        "BLOCK_N": tiles.BLOCK_N,
+        "BLOCK_K": tiles.BLOCK_K,
+        "GROUP_M": tiles.GROUP_M,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+        **options,
+    }
+
+
+def _strides(tensor: Tensor, *names: str) -> dict[str, int]:
+    return {f"stride_{name}": stride for name, stride in zip(names, tensor.stride(), strict=True)}
+
+
+def _alike(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors with the same strides; they are copied only if they had others."""
+    if len({tensor.stride() for tensor in tensors}) == 1:
+        return tensors
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can be made of a matrix: 16-byte alignment, rows contiguous."""
+    row = tensor.stride(0) * tensor.element_size()
+    return (
+        tensor.data_ptr() % 16 == 0
+        and row % 16 == 0
+        and row > 0
+        and tensor.stride(1) == 1
+        and tensor.numel() > 0
+    )
 
 
 def _terms(gate_weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -195,6 +410,19 @@ def _terms(gate_weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (
         gate_weight[None] if gate_weight.dtype == dtype else split_gate_weight(gate_weight, dtype)
     )
+
+
+_FLAGS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _flags(device: torch.device, row_blocks: int) -> Tensor:
+    """Zeros of this stream that the one-launch kernel counts with and sets back to zero."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    flags = _FLAGS.get((device, stream))
+    if flags is None or len(flags) < row_blocks:
+        flags = torch.zeros(max(row_blocks, 1024), dtype=torch.int32, device=device)
+        _FLAGS[device, stream] = flags
+    return flags
 
 
 def _run(kernel, grid: tuple[int, ...], **arguments) -> None:

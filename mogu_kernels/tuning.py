@@ -1,26 +1,48 @@
 """Tile configurations: what a kernel is launched with, and how one is picked.
 
 A choice depends on the *bucket* that M falls in, never on M itself: a token's result must not
-depend on who shares its batch.
+depend on who shares its batch. Measured tables (`configs/DEVICE/DTYPE.json`, written by `make
+tune`) come first; where there is none, heuristic tiles and one warning.
 """
 
 import dataclasses
 import functools
+import json
 import re
+import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 M_BUCKETS = (16, 64, 128, 512, 4096)
 WIDEST_FUSED_RANK = 64  # rank columns of all experts that the one-launch kernel keeps in registers
+TARGETS = ("ampere", "hopper", "blackwell", "cdna")  # sm_80, sm_90, sm_100, gfx942 and their kin
+TABLES = Path(__file__).parent / "configs"
 
-_TEXT = re.compile(r"(fused|two_launch):(\d+)x(\d+)x(\d+):g(\d+):w(\d+):s(\d+)")
+Target = Literal["ampere", "hopper", "blackwell", "cdna"]
+
+_OPTIONS = ("descriptors", "pdl", "one_launch")
+_TEXT = re.compile(r"(fused|two_launch):(\d+)x(\d+)x(\d+):g(\d+):w(\d+):s(\d+)((?::\w+)*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Tiles of one `mogu_linear` call; every block is a power of two of at least 16.
+    """Tiles of one call; every block is a power of two of at least 16.
 
-    `str(config)` and `TileConfig.parse` are inverse: the text travels through `torch.library`, and
-    names test cases and benchmark rows.
+    `str(config)` and `TileConfig.parse` are inverse: the text travels through `torch.library`,
+    stands in the tables, and names test cases and benchmark rows.
+
+    Attributes:
+        kernel: "fused" (shrink, routers and expand in the GEMM's own loop) or "two_launch" (shrink
+            first, expand in the GEMM's epilogue).
+        BLOCK_M: rows of a tile; BLOCK_N its columns, BLOCK_K the step over in_features.
+        GROUP_M: rows of tiles that are walked together.
+        num_warps: of a program.
+        num_stages: of the software pipeline.
+        descriptors: persistent programs and tensor descriptors (sm_90 and later, "two_launch").
+        pdl: the second launch starts while the first runs (programmatic dependent launch, sm_90
+            and later, "two_launch").
+        one_launch: the two launches as one, with flags between programs ("two_launch"). No GPU has
+            proven it yet, hence never chosen by default.
     """
 
     kernel: Literal["fused", "two_launch"]
@@ -30,6 +52,9 @@ class TileConfig:
     GROUP_M: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    descriptors: bool = False
+    pdl: bool = False
+    one_launch: bool = False
 
     def __post_init__(self):
         """Refuse what Triton cannot compile, with the value."""
@@ -42,12 +67,18 @@ class TileConfig:
         for name in ("GROUP_M", "num_warps", "num_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: take at least 1")
+        chosen = [name for name in _OPTIONS if getattr(self, name)]
+        if chosen and self.kernel == "fused":
+            raise ValueError(f"{chosen[0]}=True goes with two_launch, not with fused")
+        if self.one_launch and len(chosen) > 1:
+            raise ValueError(f"one_launch=True does not go with {chosen[0]}=True")
 
     def __str__(self):
         """Such as `fused:64x64x64:g8:w4:s3`."""
         return (
             f"{self.kernel}:{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}"
             f":g{self.GROUP_M}:w{self.num_warps}:s{self.num_stages}"
+            + "".join(f":{name}" for name in _OPTIONS if getattr(self, name))
         )
 
     @staticmethod
@@ -55,10 +86,11 @@ class TileConfig:
     def parse(text: str) -> "TileConfig":
         """The config that prints as `text`."""
         match = _TEXT.fullmatch(text)
-        if match is None:
+        options = match[8].split(":")[1:] if match else []
+        if match is None or not set(options) <= set(_OPTIONS):
             raise ValueError(f"config {text!r} is not of the form fused:64x64x64:g8:w4:s3")
         kernel: Any = match[1]
-        return TileConfig(kernel, *map(int, match.groups()[1:]))
+        return TileConfig(kernel, *map(int, match.groups()[1:7]), **dict.fromkeys(options, True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +108,95 @@ def bucket(M: int) -> int:
     return next((size for size in M_BUCKETS if size >= M), M_BUCKETS[-1])
 
 
-def tile_config(M: int, rank_columns: int, element_size: int) -> TileConfig:
-    """Heuristic tiles for M tokens, `rank_columns` = E * rank and elements of 2 or 4 bytes."""
+def tile_config(
+    op: Literal["mogu_linear", "gated_mlp"],
+    M: int,
+    N: int,
+    K: int,
+    rank_columns: int,
+    dtype: Literal["f32", "f16", "bf16"],
+    target: Target,
+    device: str | None = None,
+) -> TileConfig:
+    """Measured tiles for this device and shape if there are any, else heuristic ones.
+
+    Args:
+        op: what is launched.
+        M: tokens; only their bucket counts.
+        N: out_features.
+        K: in_features.
+        rank_columns: E * rank.
+        dtype: of the operands.
+        target: family of the device.
+        device: its name, as the tables have it; None asks for the heuristic.
+    """
     rows = bucket(M)
+    if device is not None:
+        table = _table(device, dtype).get(f"{op}:{N}x{K}:r{rank_columns}", {})
+        if table:
+            nearest = min(table, key=lambda size: (abs(int(size) - rows), int(size)))
+            return TileConfig.parse(table[nearest])
+    heuristic = mlp_heuristic if op == "gated_mlp" else linear_heuristic
+    return heuristic(rows, rank_columns, dtype, target)
+
+
+def linear_heuristic(rows: int, rank_columns: int, dtype: str, target: Target) -> TileConfig:
+    """Tiles of `mogu_linear` for a bucket of M."""
     wide = rank_columns > WIDEST_FUSED_RANK
-    if element_size > 2:  # fp32: no tensor cores at full precision, half the tile in shared memory
-        return TileConfig("two_launch" if wide else "fused", 64 if rows > 16 else 16, 64, 32)
+    kernel = "two_launch" if wide else "fused"
+    if dtype == "f32":  # no tensor cores at full precision, half the tile in shared memory
+        block_m = 64 if rows > 16 else 16
+        return TileConfig(kernel if rows <= 128 else "two_launch", block_m, 64, 32)
+    deep = 2 if target == "cdna" else 4  # LDS holds 64 KiB
     if rows <= 16:
-        return TileConfig("two_launch" if wide else "fused", 16, 64, 128, num_stages=4)
+        return TileConfig(kernel, 16, 32, 128, num_stages=deep)
     if rows <= 64:
-        return TileConfig("two_launch" if wide else "fused", 64, 64, 64, num_stages=4)
+        return TileConfig(kernel, 64, 64, 64, num_stages=deep)
     if rows <= 128 and not wide:
-        return TileConfig("fused", 128, 128, 64, num_warps=8)
+        return TileConfig("fused", 128, 128, 64, num_warps=8, num_stages=min(deep, 3))
+    if target in ("hopper", "blackwell"):
+        return TileConfig("two_launch", 128, 256, 64, num_warps=8, descriptors=True)
+    if target == "cdna":
+        return TileConfig("two_launch", 128, 128, 64, num_warps=8, num_stages=2)
     return TileConfig("two_launch", 128, 256, 64, num_warps=8)
 
 
-def shrink_config(M: int) -> ShrinkConfig:
+def mlp_heuristic(rows: int, rank_columns: int, dtype: str, target: Target) -> TileConfig:
+    """Tiles of `gated_mlp`, which holds two accumulators."""
+    del rank_columns  # the epilogue takes them in chunks
+    if dtype == "f32":
+        return TileConfig("two_launch", 64 if rows > 16 else 16, 32, 32)
+    deep = 2 if target == "cdna" else 3
+    if rows <= 16:
+        return TileConfig("two_launch", 16, 32, 128, num_stages=deep)
+    if rows <= 64:
+        return TileConfig("two_launch", 64, 64, 64, num_stages=deep)
+    return TileConfig("two_launch", 128, 128, 64, num_warps=8, num_stages=deep)
+
+
+def shrink_config(M: int, dtype: str, target: Target) -> ShrinkConfig:
     """Heuristic tiles for the narrow GEMM: short row blocks, so that many programs read."""
+    deep = 2 if target == "cdna" else 4
+    block_k = 64 if dtype == "f32" else 128
     if bucket(M) <= 512:
-        return ShrinkConfig(BLOCK_M=16, BLOCK_K=128, num_warps=4, num_stages=4)
-    return ShrinkConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=4)
+        return ShrinkConfig(BLOCK_M=16, BLOCK_K=block_k, num_warps=4, num_stages=deep)
+    return ShrinkConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=deep)
+
+
+@functools.cache
+def _table(device: str, dtype: str) -> dict[str, dict[str, str]]:
+    """{op and shape: {bucket: config}}; empty, with a warning, where nothing was measured."""
+    path = table_path(device, dtype)
+    if path.is_file():
+        return json.loads(path.read_text())
+    warnings.warn(
+        f"no tiles were measured for {device} in {dtype}: heuristic ones are used "
+        "(`make tune` measures them)",
+        stacklevel=2,
+    )
+    return {}
+
+
+def table_path(device: str, dtype: str) -> Path:
+    """Where the measured tiles of a device and dtype are kept."""
+    return TABLES / re.sub(r"\W+", "_", device) / f"{dtype}.json"

@@ -61,12 +61,12 @@ def test_gradients_equal_autograd_of_the_formula():
 
 
 def test_a_split_router_has_gradients_in_both_parts():
-    projection = cases.projection("m17-n130-k70-e2-r8-softmax", "bf16")
+    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "bf16")
     high = projection.gate_weight.bfloat16()
     low = (projection.gate_weight - high).bfloat16()
     projection.gate_weight = torch.stack([high, low]).requires_grad_()
     call(projection).float().square().sum().backward()
-    assert projection.gate_weight.grad.shape == (2, 2, 70)
+    assert projection.gate_weight.grad.shape == (2, 2, 72)
     assert (projection.gate_weight.grad != 0).any()
 
 
@@ -83,7 +83,7 @@ def test_opcheck_passes(backend, return_gates):
 
 
 def test_compile_with_dynamic_tokens_makes_one_graph():
-    projection = cases.projection("m17-n130-k70-e2-r8-softmax", "f32")
+    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "f32")
     operands = {k: v for k, v in projection.operands().items() if k != "x"}
     torch._dynamo.reset()
     counters.clear()
@@ -100,7 +100,7 @@ def test_compile_with_dynamic_tokens_makes_one_graph():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype_and_keeps_the_router_wide(dtype):
-    projection = cases.projection("m17-n130-k70-e2-r8-softmax", "f32")
+    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "f32")
     with torch.autocast("cpu", dtype):
         y, gates = call(projection, return_gates=True)
     assert y.dtype == dtype
@@ -109,7 +109,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_router_wide(dtype):
 
 
 def test_scaling_is_one_number_for_all_or_one_each():
-    projection = cases.projection("m17-n130-k70-e2-r8-softmax", "f32")
+    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "f32")
     projection.scaling = 0.5
     one = call(projection)
     projection.scaling = [0.5, 0.5]

@@ -23,7 +23,7 @@ from mogu_kernels.kernels.gates import (
     router_mask,
     router_pointers,
 )
-from mogu_kernels.kernels.tiles import tile_of_program
+from mogu_kernels.kernels.tiles import tile_position
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -77,7 +77,7 @@ def fused_kernel(
 ):
     """See the module."""
     # where am I
-    pid_m, pid_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    pid_m, pid_n = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)

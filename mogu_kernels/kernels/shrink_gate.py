@@ -4,9 +4,10 @@
     total[m]    = sum_e gates[m, e]
     shrunk[m, e * RANK + j] = scaling_e * gates[m, e] * (x[m, :] . lora_A[e, j, :])
 
-One program owns BLOCK_M rows and RANK_COLUMNS columns of `shrunk` (axis 1 of the grid walks wider
-ranks); program column 0 also stores `total` and, on request, the gates. Reads x once per column of
-programs; writes 2 * E * RANK + 4 bytes a token in bf16. A row with routing off gets total = 1 and
+Projections that read the same x (q, k and v; gate and up) share one launch: axis 2 of the grid walks
+them, axis 1 walks RANK_COLUMNS columns of `shrunk` at a time. One program owns BLOCK_M rows of one
+such slice; the one at axis 1 = 0 also stores `total` and, on request, the gates. Writes
+2 * E * RANK + 4 bytes a token and projection in bf16. A row with routing off gets total = 1 and
 shrunk = 0, which makes every later step the plain projection.
 The idea: the gates and scaling are multiplied in here, in fp32, so that a GEMM needs only `total`
 and one more narrow dot.
@@ -14,6 +15,7 @@ and one more narrow dot.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mogu_kernels.kernels.gates import (
     EXPERT_COLUMNS,
@@ -25,8 +27,8 @@ from mogu_kernels.kernels.gates import (
 )
 
 
-@triton.jit(do_not_specialize=["M"])
-def shrink_gate_kernel(
+@triton.jit
+def shrink_rows(
     x_ptr,
     lora_A_ptr,
     gate_weight_ptr,
@@ -52,6 +54,8 @@ def shrink_gate_kernel(
     stride_total,
     stride_gm,
     stride_ge,
+    pid_m,
+    pid_r,
     E: tl.constexpr,
     RANK: tl.constexpr,
     RANK_COLUMNS: tl.constexpr,
@@ -63,9 +67,8 @@ def shrink_gate_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """See the module."""
+    """Rows pid_m, rank columns pid_r of one projection."""
     # where am I
-    pid_m, pid_r = tl.program_id(0), tl.program_id(1)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     columns = pid_r * RANK_COLUMNS + tl.arange(0, RANK_COLUMNS)
@@ -109,3 +112,100 @@ def shrink_gate_kernel(
         gates_ptrs = gates_ptr + offs_m[:, None] * stride_gm + experts[None, :] * stride_ge
         mask_gates = mask_m[:, None] & (experts < E)[None, :] & (pid_r == 0)
         tl.store(gates_ptrs, gates, mask=mask_gates)
+
+
+@triton.jit
+def one_of(pointers, projection, PROJECTIONS: tl.constexpr):
+    """The pointer that belongs to a projection."""
+    pointer = pointers[0]
+    for p in tl.static_range(1, PROJECTIONS):
+        pointer = tl.where(projection == p, pointers[p], pointer)
+    return pointer
+
+
+@triton.jit(do_not_specialize=["M"])
+def shrink_gate_kernel(
+    x_ptr,
+    lora_A_ptr,  # here and in the next two, one pointer a projection
+    gate_weight_ptr,
+    gate_bias_ptr,
+    routed_ptr,
+    shrunk_ptr,
+    total_ptr,
+    gates_ptr,
+    M,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_ae,
+    stride_ar,
+    stride_ak,
+    stride_ut,
+    stride_ue,
+    stride_uk,
+    stride_c,
+    stride_routed,
+    stride_sp,
+    stride_sm,
+    stride_sr,
+    stride_tp,
+    stride_total,
+    stride_gp,
+    stride_gm,
+    stride_ge,
+    PROJECTIONS: tl.constexpr,
+    E: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_COLUMNS: tl.constexpr,
+    TERMS: tl.constexpr,
+    SCALING: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_ROUTED: tl.constexpr,
+    STORE_GATES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See the module."""
+    if PDL:
+        gdc_launch_dependents()  # the GEMM may start; it waits before it reads what is stored here
+    projection = tl.program_id(2).to(tl.int64)
+    shrink_rows(
+        x_ptr,
+        one_of(lora_A_ptr, projection, PROJECTIONS),
+        one_of(gate_weight_ptr, projection, PROJECTIONS),
+        one_of(gate_bias_ptr, projection, PROJECTIONS),
+        routed_ptr,
+        shrunk_ptr + projection * stride_sp,
+        total_ptr + projection * stride_tp,
+        gates_ptr + projection * stride_gp,
+        M,
+        K,
+        stride_xm,
+        stride_xk,
+        stride_ae,
+        stride_ar,
+        stride_ak,
+        stride_ut,
+        stride_ue,
+        stride_uk,
+        stride_c,
+        stride_routed,
+        stride_sm,
+        stride_sr,
+        stride_total,
+        stride_gm,
+        stride_ge,
+        tl.program_id(0),
+        tl.program_id(1),
+        E,
+        RANK,
+        RANK_COLUMNS,
+        TERMS,
+        SCALING,
+        SOFTMAX,
+        HAS_ROUTED,
+        STORE_GATES,
+        BLOCK_M,
+        BLOCK_K,
+    )
