@@ -11,6 +11,12 @@ BACKENDS = ("auto", "triton", "eager")
 MAX_EXPERTS = 8
 
 
+def check_matrix(x: Tensor) -> None:
+    """Tokens by features."""
+    if x.ndim != 2:
+        raise ValueError(f"hidden_states is {list(x.shape)}: flatten it to [tokens, features]")
+
+
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor) -> None:
     """The base projection and its expansion."""
     if x.ndim != 2 or weight.ndim != 2:
@@ -74,6 +80,38 @@ def check_router(
         if list(routed.shape) != [len(x)]:
             raise ValueError(f"routed is {list(routed.shape)}, but there are {len(x)} tokens")
         _check_device("routed", routed, x)
+
+
+def check_pair(lora_A: Tensor, lora_B: Tensor) -> None:
+    """The two halves of the experts."""
+    if len(lora_A) != len(lora_B) or lora_A.shape[1] != lora_B.shape[2]:
+        raise ValueError(
+            f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} disagree: "
+            "take [E, rank, K] and [E, N, rank]"
+        )
+
+
+def check_shrunk(
+    rows: int, y: Tensor, shrunk: Tensor, total: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> None:
+    """What `shrink_gate` made, beside a projection y [rows, N] or its weight [N, K]."""
+    if lora_B.ndim != 3:
+        raise ValueError(f"lora_B is {list(lora_B.shape)}: take [E, N, rank]")
+    E, N, rank = lora_B.shape
+    if list(shrunk.shape) != [rows, E * rank]:
+        raise ValueError(
+            f"shrunk is {list(shrunk.shape)}, but {rows} tokens and lora_B {[E, N, rank]} ask for "
+            f"[{rows}, {E * rank}]"
+        )
+    if list(total.shape) != [rows]:
+        raise ValueError(f"total is {list(total.shape)}, but there are {rows} tokens")
+    if bias is not None and list(bias.shape) != [N]:
+        raise ValueError(f"bias is {list(bias.shape)}, but lora_B {[E, N, rank]} asks for [{N}]")
+    for name, tensor in (("shrunk", shrunk), ("lora_B", lora_B), ("bias", bias)):
+        _check_like(name, tensor, y)
+    if total.dtype != torch.promote_types(y.dtype, torch.float32):
+        raise TypeError(f"total is {total.dtype}: take it as shrink_gate returns it")
+    _check_device("total", total, y)
 
 
 def _check_like(name: str, tensor: Tensor | None, x: Tensor) -> None:

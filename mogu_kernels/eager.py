@@ -5,6 +5,8 @@ Shapes: x [M, K], weight [N, K], bias [N], lora_A [E, r, K], lora_B [E, N, r], g
 Everything is computed in fp32 (fp64 for fp64 inputs) and rounded once.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,23 @@ def shrink_gate(
     return (ranks * factors[:, :, None]).flatten(1), total, gates
 
 
+def gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shrunk: Tensor, total: Tensor, lora_B: Tensor
+) -> Tensor:
+    """Y [M, N] in x's dtype from the gated ranks and total gates of x."""
+    h = _accumulate(x)
+    y = F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+    return _expanded(y.mul_(total[:, None]), shrunk, lora_B).to(x.dtype)
+
+
+def gated_expand(
+    y: Tensor, shrunk: Tensor, total: Tensor, lora_B: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The same from a base projection y [M, N] that something else has computed."""
+    wide = _accumulate(y) if bias is None else _accumulate(y) + bias
+    return _expanded(wide * total[:, None], shrunk, lora_B).to(y.dtype)
+
+
 def mogu_linear(
     x: Tensor,
     weight: Tensor,
@@ -39,11 +58,105 @@ def mogu_linear(
     routed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Y [M, N] in x's dtype and gates [M, E]."""
-    shrunk, total, gates = shrink_gate(x, lora_A, gate_weight, gate_bias, scaling, gate, routed)
-    dtype = shrunk.dtype
-    y = F.linear(_accumulate(x), weight.to(dtype), None if bias is None else bias.to(dtype))
-    y = torch.addmm(y.mul_(total[:, None]), shrunk, _side_by_side(lora_B, dtype).t())
-    return y.to(x.dtype), gates
+    h = _accumulate(x)
+    shrunk, total, gates = shrink_gate(h, lora_A, gate_weight, gate_bias, scaling, gate, routed)
+    return gated_linear(h, weight, bias, shrunk, total, lora_B).to(x.dtype), gates
+
+
+def gated_mlp(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    gate_weight: list[Tensor],
+    gate_bias: list[Tensor],
+    scaling: list[float],
+    gate: str,
+    activation: str,
+    routed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """activation(gate_proj) * up_proj [M, N] in x's dtype and gates [2, M, E]; lists are pairs."""
+    (gated, up), gates = _both_projections(
+        x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed
+    )
+    return (ACTIVATIONS[activation](gated) * up).to(x.dtype), gates
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+
+
+def gated_mlp_backward(
+    grad_y: Tensor | None,
+    grad_gates: Tensor | None,
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor],
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    gate_weight: list[Tensor],
+    gate_bias: list[Tensor],
+    scaling: list[float],
+    gate: str,
+    activation: str,
+    routed: Tensor | None,
+) -> list[Tensor | list[Tensor]]:
+    """Gradients of the first seven arguments of `gated_mlp`; both projections are recomputed."""
+    (gated, up), _ = _both_projections(
+        x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed
+    )
+    dy = torch.zeros_like(up) if grad_y is None else grad_y.to(up.dtype)
+    if activation == "silu":
+        dgated = torch.ops.aten.silu_backward(dy * up, gated)
+    else:
+        kind = "tanh" if activation == "gelu_tanh" else "none"
+        dgated = torch.ops.aten.gelu_backward(dy * up, gated, approximate=kind)
+    pairs = [
+        mogu_linear_backward(
+            dp,
+            None if grad_gates is None else grad_gates[j],
+            _accumulate(x),
+            weight[j],
+            bias[j] if bias else None,
+            lora_A[j],
+            lora_B[j],
+            gate_weight[j],
+            gate_bias[j],
+            scaling,
+            gate,
+            routed,
+            wanted=[True] * 7,
+        )
+        for j, dp in enumerate((dgated, dy * ACTIVATIONS[activation](gated)))
+    ]
+    dx, *rest = zip(*pairs, strict=True)
+    grads: list[Tensor | list[Tensor]] = [sum(dx).to(x.dtype)]
+    return grads + [[grad for grad in pair if grad is not None] for pair in rest]
+
+
+def _both_projections(x, weight, bias, *rest) -> tuple[list[Tensor], Tensor]:
+    """gate_proj and up_proj [M, N], not rounded, and their gates [2, M, E]."""
+    lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed = rest
+    both = [
+        mogu_linear(
+            _accumulate(x),
+            weight[j],
+            bias[j] if bias else None,
+            lora_A[j],
+            lora_B[j],
+            gate_weight[j],
+            gate_bias[j],
+            scaling,
+            gate,
+            routed,
+        )
+        for j in range(2)
+    ]
+    return [y for y, _ in both], torch.stack([gates for _, gates in both])
 
 
 def mogu_linear_backward(
@@ -136,6 +249,12 @@ def _joined(gate_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """gate_weight as [E, K] in `dtype`, the parts of a split one added up."""
     gate_weight = gate_weight.to(dtype)
     return gate_weight if gate_weight.ndim == 2 else gate_weight.sum(0)
+
+
+def _expanded(gated: Tensor, shrunk: Tensor, lora_B: Tensor) -> Tensor:
+    """The gated base [M, N] plus shrunk B, not rounded."""
+    B = _side_by_side(lora_B, gated.dtype)
+    return torch.addmm(gated, shrunk.to(gated.dtype), B.t())
 
 
 def _side_by_side(lora_B: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,6 +76,7 @@ def mogu_linear(
         "TERMS": len(terms),
         "SCALING": tuple(scaling),
         "SOFTMAX": gate == "softmax",
+        "HAS_BIAS": bias is not None,
         "HAS_ROUTED": routed is not None,
         "STORE_GATES": return_gates,
         **_strides(gates, "gm", "ge"),
@@ -192,40 +193,55 @@ def gated_linear(
     tiles: TileConfig | None,
 ) -> Tensor:
     """Y [M, N] from what `shrink_gate` made of x: the second launch of two."""
-    M, N = len(x), len(weight)
+    M, N, rank_columns = len(x), len(weight), shrunk.shape[1]
     y = _empty(M, N, dtype=x.dtype, device=x.device)
-    tiles = tiles or choose_tiles("mogu_linear", x, N, shrunk.shape[1])
+    tiles = tiles or choose_tiles("mogu_linear", x, N, rank_columns)
     if y.numel() == 0:
         return y
     grid = _tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N)
+    chunk = min(_power_of_two(rank_columns), WIDEST_CHUNK)
     arguments = {
         "bias_ptr": bias,
-        "shrunk_ptr": shrunk,
         "total_ptr": total,
-        "lora_B_ptr": lora_B,
-        "y_ptr": y,
         "M": M,
         "N": N,
         "K": x.shape[1],
-        "BLOCK_R": min(_power_of_two(shrunk.shape[1]), WIDEST_CHUNK),
+        "HAS_BIAS": bias is not None,
+        "BLOCK_R": chunk,
         "PDL": tiles.pdl,
-        **_strides(shrunk, "sm", "sr"),
         **_strides(total, "total"),
-        **_base(x, weight, bias, lora_B, y),
         **_tile_arguments(tiles),
     }
-    if tiles.descriptors and _describable(x) and _describable(weight):
-        for name in ("stride_xm", "stride_xk", "stride_wn", "stride_wk"):
-            del arguments[name]
+    side_by_side = _side_by_side(lora_B)
+    if tiles.descriptors and all(map(_describable, (x, weight, shrunk, side_by_side, y))):
+        blocks = {
+            "x_desc": (x, [tiles.BLOCK_M, tiles.BLOCK_K]),
+            "weight_desc": (weight, [tiles.BLOCK_N, tiles.BLOCK_K]),
+            "shrunk_desc": (shrunk, [tiles.BLOCK_M, chunk]),
+            "lora_B_desc": (side_by_side, [tiles.BLOCK_N, chunk]),
+            "y_desc": (y, [tiles.BLOCK_M, tiles.BLOCK_N]),
+        }
         _run(
             persistent_linear_kernel,
             (min(grid, _multiprocessors(x.device)),),
-            x_desc=TensorDescriptor.from_tensor(x, [tiles.BLOCK_M, tiles.BLOCK_K]),
-            weight_desc=TensorDescriptor.from_tensor(weight, [tiles.BLOCK_N, tiles.BLOCK_K]),
+            RANK_COLUMNS=rank_columns,
+            stride_bias=0 if bias is None else bias.stride(0),
+            **{name: TensorDescriptor.from_tensor(*block) for name, block in blocks.items()},
             **arguments,
         )
     else:
-        _run(gated_linear_kernel, (grid,), x_ptr=x, weight_ptr=weight, **arguments)
+        _run(
+            gated_linear_kernel,
+            (grid,),
+            x_ptr=x,
+            weight_ptr=weight,
+            shrunk_ptr=shrunk,
+            lora_B_ptr=lora_B,
+            y_ptr=y,
+            **_strides(shrunk, "sm", "sr"),
+            **_base(x, weight, bias, lora_B, y),
+            **arguments,
+        )
     return y
 
 
@@ -264,7 +280,7 @@ def gated_expand_(
 def gated_mlp(
     x: Tensor,
     weight: list[Tensor],
-    bias: list[Tensor] | None,
+    bias: list[Tensor],
     lora_A: list[Tensor],
     lora_B: list[Tensor],
     gate_weight: list[Tensor],
@@ -286,7 +302,7 @@ def gated_mlp(
     if y.numel() == 0:
         return y, gates
     weight, lora_B = _alike(weight), _alike(lora_B)
-    biases = [None, None] if bias is None else _alike(bias)
+    biases = _alike(bias) if bias else [None, None]
     _run(
         gated_mlp_kernel,
         (_tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N),),
@@ -306,6 +322,7 @@ def gated_mlp(
         **_strides(shrunk, "sj", "sm", "sr"),
         **_strides(total, "tj", "total"),
         **_base(x, weight[0], biases[0], lora_B[0], y),
+        HAS_BIAS=bool(bias),
         ACTIVATION=activation,
         BLOCK_R=min(_power_of_two(E * rank), WIDEST_CHUNK),
         PDL=tiles.pdl,
@@ -363,7 +380,6 @@ def _base(x, weight, bias, lora_B, y):
         **_strides(y, "ym", "yn"),
         "E": E,
         "RANK": rank,
-        "HAS_BIAS": bias is not None,
     }
 
 
@@ -391,8 +407,18 @@ def _alike(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _describable(tensor: Tensor) -> bool:
+def _side_by_side(lora_B: Tensor) -> Tensor | None:
+    """lora_B [E, N, r] as [N, E * r] without a copy: possible where it lies so, as in a module."""
+    E, N, rank = lora_B.shape
+    if lora_B.stride() != (rank, E * rank, 1):
+        return None
+    return lora_B.permute(1, 0, 2).view(N, E * rank)
+
+
+def _describable(tensor: Tensor | None) -> bool:
     """Whether a tensor descriptor can be made of a matrix: 16-byte alignment, rows contiguous."""
+    if tensor is None:
+        return False
     row = tensor.stride(0) * tensor.element_size()
     return (
         tensor.data_ptr() % 16 == 0

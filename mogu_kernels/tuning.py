@@ -154,11 +154,11 @@ def linear_heuristic(rows: int, rank_columns: int, dtype: str, target: Target) -
         return TileConfig(kernel, 64, 64, 64, num_stages=deep)
     if rows <= 128 and not wide:
         return TileConfig("fused", 128, 128, 64, num_warps=8, num_stages=min(deep, 3))
-    if target in ("hopper", "blackwell"):
+    if target == "hopper":
         return TileConfig("two_launch", 128, 256, 64, num_warps=8, descriptors=True)
-    if target == "cdna":
-        return TileConfig("two_launch", 128, 128, 64, num_warps=8, num_stages=2)
-    return TileConfig("two_launch", 128, 256, 64, num_warps=8)
+    if target == "blackwell":  # 128 x 256 would ask for 768 columns of tensor memory; there are 512
+        return TileConfig("two_launch", 128, 128, 64, num_warps=8, descriptors=True)
+    return TileConfig("two_launch", 128, 128, 64, num_warps=8, num_stages=min(deep, 3))
 
 
 def mlp_heuristic(rows: int, rank_columns: int, dtype: str, target: Target) -> TileConfig:
@@ -171,7 +171,7 @@ def mlp_heuristic(rows: int, rank_columns: int, dtype: str, target: Target) -> T
         return TileConfig("two_launch", 16, 32, 128, num_stages=deep)
     if rows <= 64:
         return TileConfig("two_launch", 64, 64, 64, num_stages=deep)
-    return TileConfig("two_launch", 128, 128, 64, num_warps=8, num_stages=deep)
+    return TileConfig("two_launch", 128, 64, 64, num_warps=8, num_stages=deep)
 
 
 def shrink_config(M: int, dtype: str, target: Target) -> ShrinkConfig:

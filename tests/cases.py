@@ -22,19 +22,20 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # M, N, K, E, rank, gate, bias, routed: sizes differ pairwise and are odd somewhere
 SHAPES = {
     "m1-n65-k70-e2-r8": (1, 65, 70, 2, 8, "sigmoid", False, False),
-    "m17-n130-k72-e2-r8-softmax": (17, 130, 72, 2, 8, "softmax", True, False),
+    "m17-n136-k72-e2-r8-softmax": (17, 136, 72, 2, 8, "softmax", True, False),
     "m37-n72-k48-e1-r1-routed": (37, 72, 48, 1, 1, "sigmoid", True, True),
     "m33-n40-k129-e3-r5-routed": (33, 40, 129, 3, 5, "softmax", False, True),
     "m35-n67-k33-e8-r7": (35, 67, 33, 8, 7, "sigmoid", True, False),
-    "m19-n66-k32-e8-r17": (19, 66, 32, 8, 17, "sigmoid", True, False),
+    "m19-n72-k40-e8-r17": (19, 72, 40, 8, 17, "sigmoid", True, False),
 }
-TOO_WIDE = "m19-n66-k32-e8-r17"  # more rank columns than the fused kernel takes
+TOO_WIDE = "m19-n72-k40-e8-r17"  # more rank columns than the fused kernel takes
 
 
 def takes(kernel: str, shape: str) -> bool:
     """Whether a kernel is for a shape: descriptors ask for rows of a multiple of 16 bytes."""
     if kernel == "persistent":
-        return SHAPES[shape][2] % 8 == 0
+        _, N, K, E, rank, *_ = SHAPES[shape]
+        return all(size % 8 == 0 for size in (N, K, E * rank))
     return shape != TOO_WIDE or not kernel.startswith("fused")
 
 
@@ -56,3 +57,8 @@ def projection(shape: str, dtype: str, make=oracle.random, seed: int = 0) -> ora
         routed=routed,
         seed=seed,
     )
+
+
+def side_by_side(lora_B: torch.Tensor) -> torch.Tensor:
+    """The same [E, N, r], lying in memory as [N, E * r]: what a descriptor asks for."""
+    return lora_B.permute(1, 0, 2).contiguous().permute(1, 0, 2)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mogu_kernels import ops
+from mogu_kernels import launch, ops
 from mogu_kernels.router import split_gate_weight
 from tests import cases, oracle, red_zones
 
@@ -14,9 +14,10 @@ all_dtypes = pytest.mark.parametrize("dtype", cases.DTYPES)
 
 def run(projection, kernel, **kwargs):
     """The op on Triton, with the tiles of a named kernel."""
-    return ops.mogu_linear(
-        **projection.operands(), backend="triton", config=cases.KERNELS[kernel], **kwargs
-    )
+    operands = projection.operands()
+    if kernel == "persistent":
+        operands["lora_B"] = cases.side_by_side(operands["lora_B"])
+    return ops.mogu_linear(**operands, backend="triton", config=cases.KERNELS[kernel], **kwargs)
 
 
 @all_dtypes
@@ -38,7 +39,7 @@ def test_integers_are_bitwise_exact(shape, kernel, dtype):
 @all_kernels
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_split_router_is_as_good_as_the_fp32_one(kernel, dtype):
-    projection = cases.projection("m17-n130-k72-e2-r8-softmax", dtype)
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", dtype)
     y, gates = run(projection, kernel, return_gates=True)
     split = split_gate_weight(projection.gate_weight, projection.x.dtype)
     projection.gate_weight = split
@@ -57,7 +58,7 @@ def test_any_strides_give_the_same_bits(kernel, dtype):
 
 @all_kernels
 def test_expanded_tokens_work(kernel):
-    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "f32")
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", "f32")
     projection.x = projection.x[:1].expand(9, -1)
     y = run(projection, kernel)
     oracle.assert_matches(actual=y, projection=projection)
@@ -88,7 +89,7 @@ def test_a_row_does_not_depend_on_its_batch(kernel):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, on the NaN row
 @all_kernels
 def test_nan_stays_in_its_row(kernel):
-    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "bf16")
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", "bf16")
     clean = run(projection, kernel)
     projection.x[3, 5] = float("nan")
     dirty = run(projection, kernel)
@@ -113,7 +114,7 @@ def test_ranks_too_wide_for_one_launch_are_refused():
 
 @all_kernels
 def test_saturated_gates_select(kernel):
-    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "f32")
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", "f32")
     projection.gate_bias = torch.tensor([300.0, -300.0])
     y, gates = run(projection, kernel, return_gates=True)
     assert torch.equal(gates, torch.tensor([[1.0, 0.0]]).expand(17, 2))
@@ -122,7 +123,7 @@ def test_saturated_gates_select(kernel):
 
 @all_kernels
 def test_swapping_experts_with_their_gates_changes_nothing(kernel):
-    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "f32")
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", "f32")
     swapped = oracle.Projection(**projection.operands())
     for name in ("lora_A", "lora_B", "gate_weight", "gate_bias"):
         setattr(swapped, name, getattr(projection, name).flip(0))
@@ -141,11 +142,36 @@ def test_padding_the_rank_with_zeros_changes_nothing(kernel):
 
 @all_kernels
 def test_zero_adapters_leave_gated_base(kernel):
-    projection = cases.projection("m17-n130-k72-e2-r8-softmax", "f32")
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", "f32")
     projection.gate, projection.lora_B = "sigmoid", torch.zeros_like(projection.lora_B)
     y, gates = run(projection, kernel, return_gates=True)
     base = torch.nn.functional.linear(projection.x, projection.weight, projection.bias)
     torch.testing.assert_close(y, gates.sum(1, keepdim=True) * base)
+
+
+def test_every_config_runs_the_kernel_it_names(monkeypatch):
+    names, original = [], launch._run
+
+    def listen(kernel, grid, **arguments):
+        names.append(kernel.__name__)
+        original(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "_run", listen)
+    for kernel in cases.KERNELS:
+        run(cases.projection("m17-n136-k72-e2-r8-softmax", "f32"), kernel)
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", "f32")
+    ops.mogu_linear(**projection.operands(), backend="triton", config=cases.PERSISTENT)
+    assert names == [
+        "fused_kernel",
+        "fused_kernel",
+        "shrink_gate_kernel",
+        "gated_linear_kernel",
+        "shrink_gate_kernel",
+        "persistent_linear_kernel",
+        "one_launch_kernel",
+        "shrink_gate_kernel",  # experts that do not lie side by side: no descriptor, same tiles
+        "gated_linear_kernel",
+    ]
 
 
 def test_the_unpatched_interpreter_still_has_no_bf16():
@@ -158,7 +184,7 @@ def test_the_unpatched_interpreter_still_has_no_bf16():
         "import torch\n"
         "from tests import cases, oracle\n"
         "from mogu_kernels import ops\n"
-        "p = cases.projection('m17-n130-k72-e2-r8-softmax', 'bf16')\n"
+        "p = cases.projection('m17-n136-k72-e2-r8-softmax', 'bf16')\n"
         "y = ops.mogu_linear(**p.operands(), backend='triton', config=cases.FUSED)\n"
         "oracle.assert_matches(actual=y, projection=p)\n"
     )

@@ -19,11 +19,17 @@ ALLOWED = {
     "mogu_kernels/checkpoint.py": {"torch", "safetensors", "mogu_kernels.router"},
     "mogu_kernels/launch.py": {
         "torch",
+        "triton",
         "mogu_kernels.kernels",
         "mogu_kernels.router",
         "mogu_kernels.tuning",
     },
-    "mogu_kernels/ops.py": {"torch", "mogu_kernels", "mogu_kernels.tuning"},
+    "mogu_kernels/ops/*.py": {
+        "torch",
+        "mogu_kernels",
+        "mogu_kernels.ops",
+        "mogu_kernels.tuning",
+    },
     "mogu_kernels/modules.py": {"torch", "mogu_kernels.ops", "mogu_kernels.router", "mogu_kernels"},
     "mogu_kernels/generation.py": {"torch", "mogu_kernels.modules"},
     "mogu_kernels/hf.py": {

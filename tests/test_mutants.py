@@ -10,11 +10,11 @@ from tests import cases, mutants, oracle, red_zones
 
 # few cases that together reach every line: strided and guarded operands, exact and random values
 BATTERY = [
-    ("m17-n130-k72-e2-r8-softmax", "f16"),
+    ("m17-n136-k72-e2-r8-softmax", "f16"),
     ("m37-n72-k48-e1-r1-routed", "f32"),
     ("m33-n40-k129-e3-r5-routed", "bf16"),
     ("m35-n67-k33-e8-r7", "f16"),
-    ("m19-n66-k32-e8-r17", "f16"),
+    ("m19-n72-k40-e8-r17", "f16"),
 ]
 KERNEL_OF = {"fused": ["fused"], "gated_linear": ["two_launch"], "shrink_gate": ["two_launch"]}
 

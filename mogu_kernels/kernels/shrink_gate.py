@@ -4,9 +4,9 @@
     total[m]    = sum_e gates[m, e]
     shrunk[m, e * RANK + j] = scaling_e * gates[m, e] * (x[m, :] . lora_A[e, j, :])
 
-Projections that read the same x (q, k and v; gate and up) share one launch: axis 2 of the grid walks
-them, axis 1 walks RANK_COLUMNS columns of `shrunk` at a time. One program owns BLOCK_M rows of one
-such slice; the one at axis 1 = 0 also stores `total` and, on request, the gates. Writes
+Projections that read the same x (q, k and v; gate and up) share one launch: axis 2 of the grid
+walks them, axis 1 walks RANK_COLUMNS columns of `shrunk` at a time. One program owns BLOCK_M rows
+of one such slice; the one at axis 1 = 0 also stores `total` and, on request, the gates. Writes
 2 * E * RANK + 4 bytes a token and projection in bf16. A row with routing off gets total = 1 and
 shrunk = 0, which makes every later step the plain projection.
 The idea: the gates and scaling are multiplied in here, in fp32, so that a GEMM needs only `total`

@@ -1,26 +1,13 @@
-"""`torch.library` ops: check the arguments, choose a backend, launch.
-
-    CPU          eager
-    CUDA, ROCm   the Triton kernels
-
-`backend=` forces one. Gradients are computed by `eager` on every device.
-"""
+"""`mogu_linear`: the routed projection."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mogu_kernels import checks, eager
+from mogu_kernels.ops import library
 from mogu_kernels.tuning import TileConfig
-
-_LIBRARY = torch.library.Library("mogu", "DEF")
-_LIBRARY.define(
-    "mogu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-    "Tensor gate_weight, Tensor gate_bias, float[] scaling, str gate, Tensor? routed, "
-    "bool return_gates, str backend, str config) -> (Tensor y, Tensor gates)"
-)
 
 
 def mogu_linear(
@@ -59,8 +46,7 @@ def mogu_linear(
         scaling: `lora_alpha / rank`, one number for all experts or one each.
         gate: "sigmoid" (as published) or "softmax".
         routed: bool [M]; where False the row is the plain projection, as if the gates summed to 1
-        and
-            every expert were zero. None routes every row.
+            and every expert were zero. None routes every row.
         return_gates: also return what the router says, for every row, routed or not.
         backend: "auto", "triton" or "eager".
         config: the tiles; chosen by M, rank and dtype if None. Triton only.
@@ -74,44 +60,30 @@ def mogu_linear(
 
     Source: MoGU, arXiv 2405.14488, section 3.2.
     """
-    x, weight, bias, lora_A, lora_B = _autocast(x, weight, bias, lora_A, lora_B)
+    x, weight, bias, lora_A, lora_B = library.autocast(
+        x.device.type, (x, weight, bias, lora_A, lora_B)
+    )
     scaling = checks.scaling_per_expert(scaling, len(lora_A))
     checks.check_linear(x, weight, bias, lora_B)
     checks.check_router(x, lora_A, gate_weight, gate_bias, gate, routed)
-    if len(lora_A) != len(lora_B) or lora_A.shape[1] != lora_B.shape[2]:
-        raise ValueError(
-            f"lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)} disagree: "
-            "take [E, rank, K] and [E, N, rank]"
-        )
+    checks.check_pair(lora_A, lora_B)
     checks.check_backend(backend, x)
     y, gates = torch.ops.mogu.mogu_linear(
         x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed,
-        return_gates, backend, "" if config is None else str(config),
+        return_gates, backend, library.text(config),
     )  # fmt: skip
     return (y, gates) if return_gates else y
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """The operands in autocast's dtype where it is on; routers stay wide, so they are not here."""
-    device = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-
-
 def _implementation(*args):
-    """CPU, CUDA and ROCm: `backend` decides, and has been checked against the device."""
     *operands, return_gates, backend, config = args
     x = operands[0]
-    if backend == "eager" or (backend == "auto" and x.device.type == "cpu"):
-        with torch.autocast(x.device.type, enabled=False):  # it would narrow the router's linear
-            y, gates = eager.mogu_linear(*operands)
+    if library.runs_eagerly(backend, x):
+        y, gates = library.outside_autocast(eager.mogu_linear, x.device.type, *operands)
         return y, gates if return_gates else gates.new_empty(len(x), 0)
     from mogu_kernels import launch  # Triton is imported by whoever needs it
 
-    tiles = TileConfig.parse(config) if config else None
-    return launch.mogu_linear(*operands, return_gates=return_gates, config=tiles)
+    return launch.mogu_linear(*operands, return_gates=return_gates, config=library.parse(config))
 
 
 def _fake(x, weight, bias, lora_A, *args):
@@ -142,7 +114,13 @@ def _backward(ctx, grad_y, grad_gates):
     return *grads, None, None, None, None, None, None
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("mogu_linear", _implementation, _key)
-torch.library.register_fake("mogu::mogu_linear", _fake, lib=_LIBRARY)
-torch.library.register_autograd("mogu::mogu_linear", _backward, setup_context=_save, lib=_LIBRARY)
+library.define(
+    "mogu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+    "Tensor gate_weight, Tensor gate_bias, float[] scaling, str gate, Tensor? routed, "
+    "bool return_gates, str backend, str config) -> (Tensor y, Tensor gates)",
+    _implementation,
+    _fake,
+)
+torch.library.register_autograd(
+    "mogu::mogu_linear", _backward, setup_context=_save, lib=library.LIBRARY
+)

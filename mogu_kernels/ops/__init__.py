@@ -1,0 +1,14 @@
+"""`torch.library` ops: check the arguments, choose a backend, launch.
+
+    CPU          eager
+    CUDA, ROCm   the Triton kernels
+
+`backend=` forces one. Gradients are computed by `eager` on every device.
+"""
+
+from mogu_kernels import checks
+from mogu_kernels.ops.linear import mogu_linear
+from mogu_kernels.ops.mlp import gated_mlp
+from mogu_kernels.ops.parts import gated_expand_, gated_linear, shrink_gate
+
+__all__ = ["checks", "gated_expand_", "gated_linear", "gated_mlp", "mogu_linear", "shrink_gate"]
