@@ -59,6 +59,23 @@ def projection(shape: str, dtype: str, make=oracle.random, seed: int = 0) -> ora
     )
 
 
+def twin(projection: oracle.Projection, seed: int) -> oracle.Projection:
+    """Another projection of the same shape that reads the same x, as up_proj beside gate_proj."""
+    (M, K), N, (E, rank, _) = projection.x.shape, len(projection.weight), projection.lora_A.shape
+    other = oracle.random(
+        M=M,
+        N=N,
+        K=K,
+        E=E,
+        rank=rank,
+        dtype=projection.x.dtype,
+        bias=projection.bias is not None,
+        seed=seed,
+    )
+    other.x, other.routed, other.gate = projection.x, projection.routed, projection.gate
+    return other
+
+
 def side_by_side(lora_B: torch.Tensor) -> torch.Tensor:
     """The same [E, N, r], lying in memory as [N, E * r]: what a descriptor asks for."""
     return lora_B.permute(1, 0, 2).contiguous().permute(1, 0, 2)

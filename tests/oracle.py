@@ -116,6 +116,52 @@ def bound(p: Projection) -> Tensor:
     return (1 + unit) * total
 
 
+ACTIVATIONS = {
+    "silu": lambda z: z / (1 + torch.exp(-z)),
+    "gelu": lambda z: 0.5 * z * (1 + torch.erf(z / 2**0.5)),
+    "gelu_tanh": lambda z: (
+        0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    ),
+}
+STEEPEST = 1.13  # slope of any of them
+
+
+def assert_mlp_matches(
+    *, actual: Tensor, gate_proj: Projection, up_proj: Projection, activation: str
+) -> None:
+    """Gates 2 and 3 on activation(gate_proj) * up_proj; both projections have the same x."""
+    act, unit = ACTIVATIONS[activation], UNIT[gate_proj.x.dtype]
+    p, q = truth(gate_proj), truth(up_proj)
+    ref = act(p) * q
+    assert actual.shape == ref.shape, f"y is {list(actual.shape)}, not {list(ref.shape)}"
+    assert actual.dtype == gate_proj.x.dtype
+    assert torch.isfinite(actual).all(), "y has elements that are NaN, Inf or never stored"
+    error = (actual.double() - ref).abs()
+    dp, dq = bound(gate_proj), bound(up_proj)
+    allowed = unit * ref.abs() + STEEPEST * dp * (q.abs() + dq) + act(p).abs() * dq
+    excess = error / allowed
+    worst = divmod(int(excess.argmax()), excess.shape[1])
+    assert excess.max() <= 1, (
+        f"y{list(worst)} = {actual[worst]:.6g}, not {ref[worst]:.6g}: "
+        f"{excess.max():.3g} times the bound; {int((excess > 1).sum())} of {excess.numel()} off"
+    )
+    plain = _plain_act(activation)(plain_pytorch(gate_proj)) * plain_pytorch(up_proj)
+    plain = (plain.double() - ref).abs()
+    if actual.dtype == torch.float32:
+        assert error.max() <= 2 * plain.max(), f"{error.max() / plain.max():.3g}x PyTorch's max"
+    else:
+        ratio = float(error.square().mean().sqrt() / plain.square().mean().sqrt())
+        assert ratio <= 1, f"RMS error is {ratio:.3g}x plain PyTorch's"
+
+
+def _plain_act(activation: str):
+    """What a careful user writes."""
+    F = torch.nn.functional
+    if activation == "silu":
+        return F.silu
+    return lambda z: F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def assert_matches(*, actual: Tensor, projection: Projection, gates: Tensor | None = None) -> None:
     """Gates 2 and 3 on y, and the gates themselves where given."""
     ref = truth(projection)

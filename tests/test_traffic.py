@@ -188,7 +188,7 @@ def test_counting_only_equals_the_full_count_of_a_peer(name):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("shape", [(19, 1100, 1032), (600, 1100, 808)], ids=str)
+@pytest.mark.parametrize("shape", [(19, 820, 776), (400, 820, 776)], ids=str)
 @pytest.mark.parametrize(
     "name",
     ["official", "vLLM-style", "LoRAFusion-style + fold", "ours, one launch (opt-in)", "ours"],
@@ -215,7 +215,7 @@ def test_unique_bytes_and_useful_flops_are_the_formula():
 def test_a_pytorch_call_reads_distinct_elements_and_views_are_free():
     x, row = torch.randn(6, 10), torch.randn(1, 10)
     with Traffic() as traffic:
-        x.t()[::2].reshape(5, 6)  # a copy: one launch
+        x.t()[::2].reshape(30)  # a copy: one launch
         x + row.expand(6, 10)
         x.mul_(row)
         x @ x.t()
@@ -240,18 +240,14 @@ def test_a_wrong_peer_is_not_counted(monkeypatch):
         report.check_peers()
 
 
-def test_budgets_hold_on_a_7b_layer():
-    costs = {
-        (M, rank): [report.count(name, M, 4096, 4096, rank) for name in ("ours", "bare linear")]
-        for M in (1, 128, 512)
-        for rank in (8, 64)
-    }
-    for (M, rank), (ours, bare) in costs.items():
-        if rank == 8:
-            assert ours.launches == (1 if M <= 128 else 2)
-            assert ours.bytes <= (1.02 if M <= 128 else 1.35) * bare.bytes
-            assert M < 512 or ours.flops <= 1.02 * bare.flops
-        assert ours.useful_flops <= (1.01 if rank == 8 else 1.07) * bare.useful_flops
+@pytest.mark.parametrize(("M", "rank"), [(1, 8), (64, 8), (512, 8), (512, 64)])
+def test_budgets_hold_on_a_7b_layer(M, rank):
+    ours, bare = (report.count(name, M, 4096, 4096, rank) for name in ("ours", "bare linear"))
+    assert ours.launches == (1 if M <= 128 else 2)
+    assert ours.useful_flops <= (1.01 if rank == 8 else 1.07) * bare.useful_flops
+    if rank == 8:
+        assert ours.bytes <= (1.02 if M <= 128 else 1.35) * bare.bytes
+        assert M < 512 or ours.flops <= 1.02 * bare.flops
 
 
 def test_an_exceeded_budget_says_so():
