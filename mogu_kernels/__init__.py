@@ -4,12 +4,14 @@ from mogu_kernels import ops
 from mogu_kernels.checkpoint import MoGUCheckpoint, MoGUConfig, load_checkpoint, save_checkpoint
 from mogu_kernels.generation import generate
 from mogu_kernels.hf import attach, detach
-from mogu_kernels.modules import MoGULinear, record_gates, routing
+from mogu_kernels.modules import MoGUGatedMLP, MoGULinear
 from mogu_kernels.router import Router, fold_router
+from mogu_kernels.state import record_gates, routing
 
 __all__ = [
     "MoGUCheckpoint",
     "MoGUConfig",
+    "MoGUGatedMLP",
     "MoGULinear",
     "Router",
     "attach",

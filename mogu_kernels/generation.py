@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mogu_kernels.modules import routing
+from mogu_kernels.state import routing
 
 _UNSUPPORTED = {
     "num_beams": "beam search",

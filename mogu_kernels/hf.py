@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from mogu_kernels.checkpoint import MoGUCheckpoint, MoGUConfig, load_checkpoint
-from mogu_kernels.modules import MoGULinear, RoutingState, routed_modules
+from mogu_kernels.modules import MoGUGatedMLP, MoGULinear, SharedInput
+from mogu_kernels.state import RoutingState, routed_modules
 
 # last name components of the projections that may be routed, by architecture
 ARCHITECTURES = {
@@ -23,6 +24,13 @@ ARCHITECTURES = {
     ),
 }
 
+# projections of one parent that read the same hidden states
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+# classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)), and what act_fn may be
+GATED_MLPS = ("LlamaMLP",)
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
 
 @dataclasses.dataclass(frozen=True)
 class AttachReport:
@@ -30,11 +38,13 @@ class AttachReport:
 
     Attributes:
         modules: names of the swapped projections.
+        fused_mlps: names of the gated MLPs whose gate_proj and up_proj became one GEMM kernel.
         parameters_before: of the model.
         parameters_added: experts and folded routers.
     """
 
     modules: tuple[str, ...]
+    fused_mlps: tuple[str, ...]
     parameters_before: int
     parameters_added: int
 
@@ -98,7 +108,9 @@ def attach(
     """Swap the projections that `checkpoint` names for routed ones, in place.
 
     Everything is checked before the first swap: after an error the model is as it was. Base weights
-    are shared, not copied; `detach` undoes the swap.
+    are shared, not copied; `detach` undoes the swap. Projections of one parent that read the same
+    hidden states share one shrink, and a gated MLP whose gate_proj and up_proj are both routed is
+    computed in one GEMM kernel.
 
     Args:
         model: a Hugging Face causal language model on its final device and in its final dtype.
@@ -138,8 +150,10 @@ def attach(
         swaps[name].routing = state
     for name, module in swaps.items():
         model.set_submodule(name, module)
+    _share_inputs(model, swaps)
+    fused = _fuse_mlps(model)
     after = sum(p.numel() for p in model.parameters())
-    return AttachReport(tuple(swaps), before, after - before)
+    return AttachReport(tuple(swaps), fused, before, after - before)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -148,10 +162,15 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no routed projection.
     """
-    for name, module in routed_modules(model).items():
+    routed = routed_modules(model)
+    for name, module in routed.items():
         if module.base is None:
             raise ValueError(f"{name} was built as a MoGULinear, so there is nothing to restore")
-        module.base.weight, module.base.bias = module.weight, module.bias
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MoGUGatedMLP) and module.base is not None:
+            model.set_submodule(name, module.base.train(module.training))
+    for name, module in routed.items():
+        module.synchronise_base()
         model.set_submodule(name, module.base.train(module.training))
     return model
 
@@ -223,6 +242,36 @@ def seeded_checkpoint(
             }
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
     return MoGUCheckpoint(config, tensors)
+
+
+def _share_inputs(model: nn.Module, swaps: dict[str, MoGULinear]) -> None:
+    """Let the routed projections of one parent that read the same hidden states shrink together."""
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in swaps):
+        for names in SHARED_INPUTS:
+            members = [swaps[f"{parent}.{n}"] for n in names if f"{parent}.{n}" in swaps]
+            if SharedInput.can_share(members):
+                shared = SharedInput(members)
+                for member in members:
+                    member.shared_input = shared
+
+
+def _fuse_mlps(model: nn.Module) -> tuple[str, ...]:
+    """Swap gated MLPs whose gate_proj and up_proj are routed alike; their names."""
+    activation = ACTIVATIONS.get(getattr(getattr(model, "config", None), "hidden_act", None) or "")
+    fused = []
+    for name, mlp in list(model.named_modules()):
+        if activation is None or type(mlp).__name__ not in GATED_MLPS:
+            continue
+        pair = (mlp.gate_proj, mlp.up_proj)
+        if not all(isinstance(module, MoGULinear) for module in pair):
+            continue
+        if not SharedInput.can_share(pair):
+            continue
+        module = MoGUGatedMLP(*pair, mlp.down_proj, activation, mlp.act_fn)
+        object.__setattr__(module, "base", mlp)  # not a child: its parameters are ours
+        model.set_submodule(name, module.train(mlp.training))
+        fused.append(name)
+    return tuple(fused)
 
 
 def _architecture(model: nn.Module) -> str:

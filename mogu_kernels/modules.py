@@ -1,8 +1,7 @@
-"""`MoGULinear`, the drop-in projection, and the contexts that act on all of a model's."""
+"""The drop-in modules: `MoGULinear` for a projection, `MoGUGatedMLP` for a gated MLP."""
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,23 +9,9 @@ from torch import Tensor, nn
 
 from mogu_kernels import ops
 from mogu_kernels.router import Router, split_gate_weight
+from mogu_kernels.state import RoutingState
 
 _GATE_PARAMETERS = ("gate_weight", "gate_bias")
-
-
-@dataclasses.dataclass
-class RoutingState:
-    """What the routed modules of one model share; copied with the model, restored by contexts.
-
-    Attributes:
-        enabled: False makes every module the plain linear it replaced.
-        sequences: bool [batch], the sequences of the batch to route; None routes all.
-        log: while gates are recorded, a list of gates per module name.
-    """
-
-    enabled: bool = True
-    sequences: Tensor | None = None
-    log: dict[str, list[Tensor]] | None = None
 
 
 class MoGULinear(nn.Linear):
@@ -58,8 +43,10 @@ class MoGULinear(nn.Linear):
 
     Attributes:
         weight: [N, K], bias [N] or None: the base, as in `nn.Linear`.
-        lora_A: [E, r, K], lora_B [E, N, r].
+        lora_A: [E, r, K], lora_B [E, N, r], which lies in memory as [N, E * r].
         gate_weight: [E, K] and gate_bias [E] in fp32, unless `router` holds the unfolded linears.
+        base: the module that `from_linear` wrapped, or None.
+        is_fused: whether the base GEMM is ours; not around a quantised or foreign base.
 
     Raises:
         ValueError: an unknown gate or router kind, or hidden states of another width.
@@ -67,7 +54,7 @@ class MoGULinear(nn.Linear):
     Source: MoGU, arXiv 2405.14488, section 3.2.
     """
 
-    base: nn.Linear | None
+    base: Any
     router: Router | None
     gate_weight: nn.Parameter
     gate_bias: nn.Parameter
@@ -90,28 +77,31 @@ class MoGULinear(nn.Linear):
     ):
         """See the class."""
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._add_experts(rank, num_experts, gate, router, scaling, router_hidden)
+        object.__setattr__(self, "base", None)
+        self.is_fused = True
+        self._add_experts(rank, num_experts, gate, router, scaling, router_hidden, self.weight)
 
-    def _add_experts(self, rank, num_experts, gate, router, scaling, router_hidden):
+    def _add_experts(self, rank, num_experts, gate, router, scaling, router_hidden, like):
         if gate not in ("sigmoid", "softmax"):
             raise ValueError(f'gate={gate!r}: take "sigmoid" or "softmax"')
         if router not in ("linear", "mlp"):
             raise ValueError(f'router={router!r}: take "linear" or "mlp"')
-        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        options = {"device": like.device, "dtype": like.dtype}
         self.rank, self.num_experts, self.gate = rank, num_experts, gate
         self.scaling = ops.checks.scaling_per_expert(scaling, num_experts)
         self.routing = RoutingState()
-        object.__setattr__(self, "base", None)
-        lora_A = torch.empty(num_experts, rank, self.in_features, **like)
+        self.shared_input: SharedInput | None = None
+        lora_A = torch.empty(num_experts, rank, self.in_features, **options)
+        lora_B = torch.zeros(self.out_features, num_experts, rank, **options)
         self.lora_A = nn.Parameter(lora_A.uniform_(-1, 1) * self.in_features**-0.5)
-        self.lora_B = nn.Parameter(torch.zeros(num_experts, self.out_features, rank, **like))
-        like["dtype"] = self._gate_dtype()
+        self.lora_B = nn.Parameter(lora_B.permute(1, 0, 2))
+        options["dtype"] = self._gate_dtype()
         if router == "mlp":
-            self.router = Router(self.in_features, num_experts, router_hidden, **like)
+            self.router = Router(self.in_features, num_experts, router_hidden, **options)
         else:
             self._set_gate(
-                torch.zeros(num_experts, self.in_features, **like),
-                torch.zeros(num_experts, **like),
+                torch.zeros(num_experts, self.in_features, **options),
+                torch.zeros(num_experts, **options),
             )
 
     def _set_gate(self, gate_weight: Tensor, gate_bias: Tensor) -> None:
@@ -121,7 +111,7 @@ class MoGULinear(nn.Linear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         rank: int = 8,
         num_experts: int = 2,
         gate: str = "sigmoid",
@@ -132,27 +122,43 @@ class MoGULinear(nn.Linear):
     ) -> "MoGULinear":
         """A routed projection around `linear`, whose parameters it shares (no copy of weight).
 
-        `module.base` is `linear` itself, so that the swap can be undone.
+        An `nn.Linear` with a plain weight is fused. Any other linear (quantised by torchao or
+        bitsandbytes, or foreign, with `in_features` and `out_features`) is called as it is, with
+        one launch before and one after; with routing off nothing but it runs. `module.base` is
+        `linear` itself, so that the swap can be undone.
 
         Raises:
-            TypeError: `linear` is not an `nn.Linear`, is routed already, or its weight is not a
-            plain
-                tensor (quantised weights are not supported yet).
+            TypeError: `linear` has no `in_features` and `out_features`, is routed already, or has
+                parameters or buffers of the names that routing adds.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"{type(linear).__name__} is not an nn.Linear: it cannot be routed")
+        if not hasattr(linear, "in_features") or not hasattr(linear, "out_features"):
+            raise TypeError(
+                f"{type(linear).__name__} has no in_features and out_features: it cannot be routed"
+            )
         if isinstance(linear, cls):
             raise TypeError("this projection is routed already: detach it first")
-        if type(linear.weight.data) is not Tensor:
-            raise TypeError(
-                f"weight is a {type(linear.weight.data).__name__}: take the unquantised model"
-            )
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module.in_features, module.out_features = linear.in_features, linear.out_features
-        module.weight, module.bias = linear.weight, linear.bias
-        module._add_experts(rank, num_experts, gate, router, scaling, router_hidden)
+        module.in_features = int(linear.in_features)  # pyright: ignore[reportArgumentType]
+        module.out_features = int(linear.out_features)  # pyright: ignore[reportArgumentType]
+        for kind in ("_parameters", "_buffers", "_modules"):
+            getattr(module, kind).update(getattr(linear, kind))
+        if taken := {"lora_A", "lora_B", "router", *_GATE_PARAMETERS} & set(dir(module)):
+            raise TypeError(
+                f"{type(linear).__name__} has {', '.join(sorted(taken))} of its own: merge or "
+                "unload its adapters first"
+            )
         object.__setattr__(module, "base", linear)  # not a child: its parameters are ours
+        weight = linear._parameters.get("weight")
+        module.is_fused = (
+            isinstance(linear, nn.Linear)
+            and weight is not None
+            and type(weight.data) is Tensor
+            and weight.is_floating_point()
+            and list(weight.shape) == [module.out_features, module.in_features]
+        )
+        like = next((t for t in _tensors(linear) if t.is_floating_point()), torch.empty(0))
+        module._add_experts(rank, num_experts, gate, router, scaling, router_hidden, like)
         return module.train(linear.training)
 
     def fold_(self) -> "MoGULinear":
@@ -164,66 +170,82 @@ class MoGULinear(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        routing = self.routing
-        if not routing.enabled:
-            return F.linear(hidden_states, self.weight, self.bias)
+        if not self.routing.enabled:
+            if self.is_fused:
+                return F.linear(hidden_states, self.weight, self.bias)
+            return self.base(hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routed = self.routing.tokens(hidden_states)
+        if not self.is_fused:
+            shrunk, total, gates = self._shrink([self], x, routed)
+            y = self.base(hidden_states).reshape(-1, self.out_features)
+            y = ops.gated_expand_(y, shrunk[0], total[0], self.lora_B.to(y.dtype))
+            gates = gates[0]
+        elif self.shared_input is not None and self.shared_input.serves(x):
+            shrunk, total, gates = self.shared_input.take(self, hidden_states, x, routed)
+            y = ops.gated_linear(x, self.weight, self.bias, shrunk, total, self.lora_B)
+        else:
+            y, gates = ops.mogu_linear(
+                x,
+                self.weight,
+                self.bias,
+                self.lora_A,
+                self.lora_B,
+                *self.router_operands(x),
+                scaling=self.scaling,
+                gate=self.gate,
+                routed=routed,
+                return_gates=True,
+            )
+        if self.routing.log is not None:
+            self.routing.record(self._log_name, gates, hidden_states)
+        return y.view(*hidden_states.shape[:-1], self.out_features)
+
+    @staticmethod
+    def _shrink(members: "Sequence[MoGULinear]", x: Tensor, routed: Tensor | None):
+        """Shrunk [P, M, E * r], total [P, M] and gates [P, M, E] of P projections of x."""
+        routers = [module.router_operands(x) for module in members]
+        return ops.shrink_gate(
+            x,
+            [module.lora_A.to(x.dtype) for module in members],
+            [gate_weight for gate_weight, _ in routers],
+            [gate_bias for _, gate_bias in routers],
+            scaling=members[0].scaling,
+            gate=members[0].gate,
+            routed=routed,
+            return_gates=True,
+        )
+
+    def router_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """gate_weight and gate_bias, folded, as the kernel for x reads them."""
         if self.router is None:
             gate_weight, gate_bias = self.gate_weight, self.gate_bias
         else:
             gate_weight, gate_bias = self.router.fold(self._gate_dtype())
-        y, gates = ops.mogu_linear(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            self.weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self._operand(gate_weight, hidden_states),
-            gate_bias,
-            scaling=self.scaling,
-            gate=self.gate,
-            routed=self._routed_tokens(hidden_states),
-            return_gates=True,
-        )
-        if routing.log is not None:
-            name = self._log_name
-            routing.log.setdefault(name, []).append(gates.view(*hidden_states.shape[:-1], -1))
-        return y.view(*hidden_states.shape[:-1], self.out_features)
+        if x.device.type == "cpu" or x.dtype == torch.float32:
+            return gate_weight, gate_bias
+        # half-precision dots read a high and a low part
+        if gate_weight.requires_grad or torch.compiler.is_compiling():
+            return split_gate_weight(gate_weight, x.dtype), gate_bias
+        key = (gate_weight.data_ptr(), gate_weight._version, x.dtype)
+        if self.__dict__.get("_split_key") != key:
+            self._split = split_gate_weight(gate_weight, x.dtype)
+            self._split_key = key
+        return self._split, gate_bias
 
     def extra_repr(self) -> str:
         """`nn.Linear`'s, and the routing."""
         kind = "mlp" if self.router is not None else "linear"
+        bias = self._parameters.get("bias") is not None
+        base = "" if self.is_fused else f", base={type(self.base).__name__}"
         return (
-            f"{super().extra_repr()}, rank={self.rank}, num_experts={self.num_experts}, "
-            f"gate={self.gate}, router={kind}"
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
+            f"rank={self.rank}, num_experts={self.num_experts}, gate={self.gate}, router={kind}"
+            + base
         )
 
     def _gate_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.weight.dtype, torch.float32)
-
-    def _routed_tokens(self, hidden_states: Tensor) -> Tensor | None:
-        """The per-sequence mask as one entry a token."""
-        sequences = self.routing.sequences
-        if sequences is None:
-            return None
-        if hidden_states.ndim < 2 or len(sequences) != len(hidden_states):
-            raise ValueError(
-                f"the routing mask has {len(sequences)} sequences but hidden_states is "
-                f"{list(hidden_states.shape)}"
-            )
-        mask = sequences.view(-1, *[1] * (hidden_states.ndim - 2))
-        return mask.expand(hidden_states.shape[:-1]).reshape(-1)
-
-    def _operand(self, gate_weight: Tensor, hidden_states: Tensor) -> Tensor:
-        """The router as the device's kernel reads it: split where half-precision dots do."""
-        if hidden_states.device.type == "cpu" or hidden_states.dtype == torch.float32:
-            return gate_weight
-        if gate_weight.requires_grad or torch.compiler.is_compiling():
-            return split_gate_weight(gate_weight, hidden_states.dtype)
-        key = (gate_weight.data_ptr(), gate_weight._version, hidden_states.dtype)
-        if self.__dict__.get("_split_key") != key:
-            self._split = split_gate_weight(gate_weight, hidden_states.dtype)
-            self._split_key = key
-        return self._split
+        return torch.promote_types(self.lora_A.dtype, torch.float32)
 
     def _apply(self, fn, recurse=True):
         """`.to()`, `.half()` and kin: the folded router follows the device, but stays wide."""
@@ -235,76 +257,147 @@ class MoGULinear(nn.Linear):
                 return moved
             return tensor.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
 
-        return super()._apply(keep_wide, recurse)
+        super()._apply(keep_wide, recurse)
+        self.synchronise_base()
+        return self
+
+    def synchronise_base(self) -> None:
+        """Give `base` the parameters and buffers that this module holds in its place."""
+        if self.base is not None:
+            for kind in ("_parameters", "_buffers"):
+                ours, theirs = getattr(self, kind), getattr(self.base, kind)
+                theirs.update({name: ours[name] for name in theirs})
 
 
-def routed_modules(model: nn.Module) -> dict[str, MoGULinear]:
-    """The routed projections of `model` by name.
+class SharedInput:
+    """Projections that read the same hidden states, as q, k and v: one shrink serves them all.
 
-    Raises:
-        ValueError: there is none.
+    The first to be called shrinks for every member; the others find theirs ready, if they are given
+    the very same tensor. That pays where a projection takes two launches, and only there.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, MoGULinear)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no routed projection: attach one first")
-    return found
+
+    def __init__(self, members: Sequence[MoGULinear]):
+        self.members = list(members)
+        self._clear()
+
+    @staticmethod
+    def can_share(modules: Sequence[MoGULinear]) -> bool:
+        """Whether one launch can shrink for all of them."""
+        kinds = {(m.rank, m.num_experts, m.gate, *m.scaling, m.in_features) for m in modules}
+        return len(modules) > 1 and len(kinds) == 1 and all(m.is_fused for m in modules)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether x is to be shrunk for all members at once."""
+        if torch.compiler.is_compiling():  # a compiled graph keeps no state between modules
+            return False
+        first = self.members[0]
+        return ops.takes_two_launches(x, first.num_experts * first.rank) and not any(
+            ops.needs_grad(x, *m.parameters()) for m in self.members
+        )
+
+    def take(
+        self, module: MoGULinear, hidden_states: Tensor, x: Tensor, routed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Shrunk [M, E * r], total [M] and gates [M, E] of one member."""
+        place = next(p for p, member in enumerate(self.members) if member is module)
+        state = module.routing.sequences
+        if self._input is not hidden_states or self._state is not state or place in self._taken:
+            self._input, self._state, self._taken = hidden_states, state, set()
+            self._results = MoGULinear._shrink(self.members, x, routed)
+        self._taken.add(place)
+        results = tuple(tensor[place] for tensor in self._results)
+        if len(self._taken) == len(self.members):
+            self._clear()
+        return results[0], results[1], results[2]
+
+    def _clear(self) -> None:
+        self._input = self._state = None
+        self._taken: set[int] = set()
+        self._results: tuple[Tensor, ...] = ()
 
 
-def _state(model: nn.Module) -> RoutingState:
-    """The state that the routed modules of `model` share, made common if they have several."""
-    modules = routed_modules(model).values()
-    state = next(iter(modules)).routing
-    for module in modules:
-        module.routing = state
-    return state
+class MoGUGatedMLP(nn.Module):
+    """A gated MLP (SwiGLU, GeGLU) whose gate_proj and up_proj are routed, in one GEMM kernel.
 
+    Semantics:
+        y = down_proj(activation(gate_proj(hidden_states)) * up_proj(hidden_states))
 
-@contextlib.contextmanager
-def routing(model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
-    """Route, or do not, inside the context: all of the batch, or the sequences of a mask.
+    where the product is rounded once. It holds the three projections under the names that the
+    model gives them, so `state_dict` keys and module names stay. With routing off, or where a
+    projection is not fused, the three modules are called one by one.
 
     Args:
-        model: with routed projections in it.
-        enabled: True, False, or bool [batch] on the model's device.
+        gate_proj: routed; up_proj as well, of the same shape, rank, experts, gate and scaling.
+        up_proj: see gate_proj.
+        down_proj: any module.
+        activation: "silu", "gelu" or "gelu_tanh".
+        act_fn: the module that the plain path applies; one for `activation` if None.
 
     Raises:
-        TypeError: a mask that is not bool.
-        ValueError: the model has no routed projection.
+        ValueError: projections that do not go together, or an unknown activation.
     """
-    state = _state(model)
-    if isinstance(enabled, Tensor) and enabled.dtype != torch.bool:
-        raise TypeError(f"the routing mask is {enabled.dtype}: take a bool mask, one per sequence")
-    before = state.enabled, state.sequences
-    if isinstance(enabled, Tensor):
-        state.enabled, state.sequences = True, enabled
-    else:
-        state.enabled, state.sequences = bool(enabled), None
-    try:
-        yield
-    finally:
-        state.enabled, state.sequences = before
+
+    base: Any
+
+    def __init__(
+        self,
+        gate_proj: MoGULinear,
+        up_proj: MoGULinear,
+        down_proj: nn.Module,
+        activation: str = "silu",
+        act_fn: nn.Module | None = None,
+    ):
+        """See the class."""
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}: take one of {', '.join(ACTIVATIONS)}")
+        if gate_proj.out_features != up_proj.out_features or not SharedInput.can_share(
+            [gate_proj, up_proj]
+        ):
+            raise ValueError(f"{gate_proj} and {up_proj} do not go together: take two of one kind")
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.activation = activation
+        self.act_fn = ACTIVATIONS[activation]() if act_fn is None else act_fn
+        object.__setattr__(self, "base", None)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., in_features] -> [..., down_proj.out_features]."""
+        pair = (self.gate_proj, self.up_proj)
+        if not all(module.routing.enabled and module.is_fused for module in pair):
+            gated = self.act_fn(self.gate_proj(hidden_states))
+            return self.down_proj(gated * self.up_proj(hidden_states))
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routers = [module.router_operands(x) for module in pair]
+        y, gates = ops.gated_mlp(
+            x,
+            [module.weight for module in pair],
+            None if pair[0].bias is None else [module.bias for module in pair],
+            [module.lora_A for module in pair],
+            [module.lora_B for module in pair],
+            [gate_weight for gate_weight, _ in routers],
+            [gate_bias for _, gate_bias in routers],
+            scaling=pair[0].scaling,
+            activation=self.activation,
+            gate=pair[0].gate,
+            routed=pair[0].routing.tokens(hidden_states),
+            return_gates=True,
+        )
+        for module, own in zip(pair, gates, strict=True):
+            if module.routing.log is not None:
+                module.routing.record(module._log_name, own, hidden_states)
+        return self.down_proj(y.view(*hidden_states.shape[:-1], y.shape[-1]))
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return f"activation={self.activation}"
 
 
-@contextlib.contextmanager
-def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record what every router says while the context is open.
+ACTIVATIONS = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+}
 
-    Yields:
-        {module name: gates [batch, tokens, E]}, filled when the context closes: the tokens of all
-        routed passes in order. Passes with routing off leave nothing.
 
-    Raises:
-        ValueError: the model has no routed projection, or gates are being recorded already.
-    """
-    state = _state(model)
-    if state.log is not None:
-        raise ValueError("gates are being recorded already: close that context first")
-    for name, module in routed_modules(model).items():
-        module._log_name = name
-    gates: dict[str, Tensor] = {}
-    state.log = {}
-    try:
-        yield gates
-    finally:
-        gates |= {name: torch.cat(passes, dim=-2) for name, passes in state.log.items()}
-        state.log = None
+def _tensors(module: nn.Module) -> Sequence[Tensor]:
+    return [*module.parameters(), *module.buffers()]

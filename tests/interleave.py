@@ -16,7 +16,7 @@ import threading
 import numpy as np
 from ttsem import interp, memory, pidraces
 
-MOST_TURNS = 100_000  # of a launch; a wait that is never over stops here
+MOST_TURNS = 10_000  # of a launch; a wait that is never over stops here
 ACQUIRES, RELEASES = (2, 4), (3, 4)  # values of `sem`: 1 relaxed, 4 both
 
 

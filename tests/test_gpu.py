@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 all_pairs = pytest.mark.parametrize(("shape", "kernel"), cases.PAIRS)
 all_kernels = pytest.mark.parametrize("kernel", cases.KERNELS)
 all_dtypes = pytest.mark.parametrize("dtype", cases.DTYPES)
+half_and_full = pytest.mark.parametrize("dtype", ["f32", "bf16"])
 PLAIN, MASKED = "m17-n136-k72-e2-r8-softmax", "m33-n40-k129-e3-r5-routed"
 
 
@@ -121,7 +122,7 @@ def test_integers_are_bitwise_exact(shape, kernel, dtype):
 
 
 @all_kernels
-@all_dtypes
+@half_and_full
 def test_asking_for_gates_changes_no_bit_of_y(kernel, dtype):
     projection = cases.projection(MASKED, dtype)
     y, gates = run(projection, kernel, return_gates=True)
@@ -143,7 +144,7 @@ def test_a_router_split_beforehand_gives_the_same_bits(kernel, dtype):
 
 
 @all_kernels
-@all_dtypes
+@half_and_full
 def test_any_strides_give_the_same_bits(kernel, dtype):
     projection = cases.projection(MASKED, dtype)
     strided = red_zones.strided(projection)
@@ -159,7 +160,7 @@ def test_expanded_tokens_work(kernel):
 
 
 @all_kernels
-@all_dtypes
+@half_and_full
 def test_nan_around_the_operands_is_never_read(kernel, dtype):
     projection = cases.projection(MASKED, dtype)
     guarded = red_zones.guarded(on_device(projection))
@@ -184,7 +185,7 @@ def test_unrouted_rows_are_the_plain_projection_to_the_bit(kernel, dtype):
 
 
 @all_kernels
-@all_dtypes
+@half_and_full
 def test_the_mask_of_other_rows_changes_no_bit(kernel, dtype):
     projection = cases.projection(MASKED, dtype)
     routed = projection.routed
@@ -198,7 +199,7 @@ def test_the_mask_of_other_rows_changes_no_bit(kernel, dtype):
 
 
 @all_kernels
-@all_dtypes
+@half_and_full
 def test_a_row_has_the_same_bits_alone_anywhere_and_in_any_company(kernel, dtype):
     projection = cases.projection(MASKED, dtype)
     whole = run(projection, kernel)
@@ -217,7 +218,7 @@ def test_a_row_has_the_same_bits_alone_anywhere_and_in_any_company(kernel, dtype
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, under ttsem
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @all_kernels
-@all_dtypes
+@half_and_full
 def test_nan_and_infinity_stay_in_their_row(kernel, dtype, value):
     projection = cases.projection(PLAIN, dtype)
     x = projection.x.clone()
@@ -240,7 +241,7 @@ def test_saturated_gates_select(kernel, gate):
 
 
 @all_kernels
-@all_dtypes
+@half_and_full
 def test_zero_adapters_leave_gated_base(kernel, dtype):
     projection = cases.projection(MASKED, dtype)
     zero = changed(projection, lora_B=torch.zeros_like(projection.lora_B))

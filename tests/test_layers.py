@@ -30,12 +30,20 @@ ALLOWED = {
         "mogu_kernels.ops",
         "mogu_kernels.tuning",
     },
-    "mogu_kernels/modules.py": {"torch", "mogu_kernels.ops", "mogu_kernels.router", "mogu_kernels"},
-    "mogu_kernels/generation.py": {"torch", "mogu_kernels.modules"},
+    "mogu_kernels/state.py": {"torch"},
+    "mogu_kernels/modules.py": {
+        "torch",
+        "mogu_kernels",
+        "mogu_kernels.ops",
+        "mogu_kernels.router",
+        "mogu_kernels.state",
+    },
+    "mogu_kernels/generation.py": {"torch", "mogu_kernels.state"},
     "mogu_kernels/hf.py": {
         "torch",
         "mogu_kernels.checkpoint",
         "mogu_kernels.modules",
+        "mogu_kernels.state",
     },
     "reference/*.py": {"torch", "reference"},
 }

@@ -57,7 +57,7 @@ def test_routing_changes_the_answer(setting):
 def test_detach_restores_identical_logits_and_modules(setting):
     base, _, attached, tokenizer = setting
     ids = encode(tokenizer, PROMPTS[0])
-    originals = {name: module.base for name, module in mk.modules.routed_modules(attached).items()}
+    originals = {name: module.base for name, module in mk.state.routed_modules(attached).items()}
     mk.detach(attached)
     try:
         assert torch.equal(attached(ids).logits, base(ids).logits)

@@ -220,7 +220,11 @@ def test_copies_have_a_routing_state_of_their_own():
         (lambda: mk.MoGULinear(4, 5, gate="relu"), ValueError, "gate='relu'"),
         (lambda: mk.MoGULinear(4, 5, router="cnn"), ValueError, "router='cnn'"),
         (lambda: mk.MoGULinear(4, 5, scaling=[1.0]), ValueError, "scaling has 1 entries"),
-        (lambda: mk.MoGULinear.from_linear(nn.Conv1d(4, 5, 1)), TypeError, "Conv1d is not"),
+        (
+            lambda: mk.MoGULinear.from_linear(nn.Conv1d(4, 5, 1)),
+            TypeError,
+            "Conv1d has no",
+        ),
         (lambda: mk.MoGULinear.from_linear(routed()), TypeError, "routed already"),
         (lambda: routed()(torch.ones(3, 23)), ValueError, "in_features=24 but.*23"),
         (lambda: mk.record_gates(nn.Linear(4, 5)).__enter__(), ValueError, "no routed projection"),
@@ -238,16 +242,6 @@ def test_a_routing_mask_for_another_batch_is_named():
     mask = torch.tensor([True, False])
     with mk.routing(module, mask), pytest.raises(ValueError, match=r"2 sequences.*\[3, 5, 24\]"):
         module(torch.randn(3, 5, 24))
-
-
-def test_a_subclassed_weight_is_refused():
-    class Quantised(torch.Tensor):
-        pass
-
-    linear = nn.Linear(4, 5)
-    linear.weight = nn.Parameter(torch.Tensor._make_subclass(Quantised, linear.weight.data))
-    with pytest.raises(TypeError, match="Quantised"):
-        mk.MoGULinear.from_linear(linear)
 
 
 def test_gates_cannot_be_recorded_twice_at_once():

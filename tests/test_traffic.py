@@ -7,11 +7,11 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench import report
+from bench import counting, report
 from bench.peers import PEERS, problem
 from bench.trace import AccessError, Launch, Trace
 from bench.traffic import Traffic
-from mogu_kernels import ops
+from mogu_kernels import launch, ops
 from mogu_kernels.tuning import TileConfig
 from tests import cases, oracle, red_zones
 
@@ -160,6 +160,13 @@ def test_the_one_launch_kernel_keeps_the_flag_protocol(seed):
     oracle.assert_matches(actual=y, projection=p)
 
 
+def test_the_one_launch_kernel_does_wait(monkeypatch):
+    monkeypatch.setattr(launch, "_FLAGS", {})  # what is left raised ends here
+    p = cases.projection("m37-n72-k48-e1-r1-routed", "f32")
+    with Trace(order=0), refused("waits for a flag"):
+        ops.mogu_linear(**p.operands(), backend="triton", config=ONE_LAUNCH)
+
+
 def counted(config, skip) -> list[Launch]:
     case = problem.make(M=37, N=88, K=72, rank=5, dtype=torch.float16, hidden=16)
     call = PEERS["ours"].build(case, True, config=config)
@@ -194,19 +201,19 @@ def test_counting_only_equals_the_full_count_of_a_peer(name):
     ["official", "vLLM-style", "LoRAFusion-style + fold", "ours, one launch (opt-in)", "ours"],
 )
 def test_the_corners_give_the_count_of_the_real_size(name, shape):
-    direct = report.count_at(name, *shape, 8)
+    direct = counting.count_at(name, *shape, 8)
     without_useful = [dataclasses.replace(launch, useful_flops=0) for launch in direct]
-    assert report.extrapolate(name, *shape, 8) == without_useful
+    assert counting.extrapolate(name, *shape, 8) == without_useful
 
 
 def test_unique_bytes_and_useful_flops_are_the_formula():
     M, N, K, E, r = 64, 1024, 576, 2, 8
-    cost = report.count("ours", M, N, K, r)
+    cost = counting.count("ours", M, N, K, r)
     adapters = E * r * (K + N) + 2 * E * K
     assert cost.bytes == 2 * (M * K + N * K + M * N + adapters) + 4 * E
     assert cost.useful_flops == 2 * M * (N * K + adapters)
     M = 600
-    cost = report.count("ours", M, N, K, r)
+    cost = counting.count("ours", M, N, K, r)
     between = M * (2 * E * r + 4)  # what the first launch leaves to the second
     assert cost.bytes == 2 * (2 * M * K + N * K + M * N + adapters) + 4 * E + 2 * between
     assert cost.useful_flops == 2 * M * (N * K + adapters)
@@ -231,18 +238,18 @@ def test_a_pytorch_call_reads_distinct_elements_and_views_are_free():
 
 
 def test_every_peer_is_the_routed_projection():
-    report.check_peers()
+    counting.check_peers()
 
 
 def test_a_wrong_peer_is_not_counted(monkeypatch):
-    monkeypatch.setitem(report.PEERS, "wrong", PEERS["bare linear"]._replace(folded=True))
+    monkeypatch.setitem(counting.PEERS, "wrong", PEERS["bare linear"]._replace(folded=True))
     with pytest.raises(AssertionError, match="wrong is off by"):
-        report.check_peers()
+        counting.check_peers()
 
 
 @pytest.mark.parametrize(("M", "rank"), [(1, 8), (64, 8), (512, 8), (512, 64)])
 def test_budgets_hold_on_a_7b_layer(M, rank):
-    ours, bare = (report.count(name, M, 4096, 4096, rank) for name in ("ours", "bare linear"))
+    ours, bare = (counting.count(name, M, 4096, 4096, rank) for name in ("ours", "bare linear"))
     assert ours.launches == (1 if M <= 128 else 2)
     assert ours.useful_flops <= (1.01 if rank == 8 else 1.07) * bare.useful_flops
     if rank == 8:

@@ -7,8 +7,18 @@
 """
 
 from mogu_kernels import checks
+from mogu_kernels.ops.library import needs_grad
 from mogu_kernels.ops.linear import mogu_linear
 from mogu_kernels.ops.mlp import gated_mlp
-from mogu_kernels.ops.parts import gated_expand_, gated_linear, shrink_gate
+from mogu_kernels.ops.parts import gated_expand_, gated_linear, shrink_gate, takes_two_launches
 
-__all__ = ["checks", "gated_expand_", "gated_linear", "gated_mlp", "mogu_linear", "shrink_gate"]
+__all__ = [
+    "checks",
+    "gated_expand_",
+    "gated_linear",
+    "gated_mlp",
+    "mogu_linear",
+    "needs_grad",
+    "shrink_gate",
+    "takes_two_launches",
+]

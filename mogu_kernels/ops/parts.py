@@ -172,6 +172,15 @@ def gated_expand_(
     return y
 
 
+def takes_two_launches(x: Tensor, rank_columns: int) -> bool:
+    """Whether `mogu_linear` would shrink x [M, K] in a launch of its own."""
+    if library.runs_eagerly("auto", x) or len(x) == 0:
+        return False
+    from mogu_kernels import launch
+
+    return launch.choose_tiles("mogu_linear", x, x.shape[1], rank_columns).kernel == "two_launch"
+
+
 def _eager_shrink(x, lora_A, gate_weight, gate_bias, scaling, gate, routed):
     """`eager.shrink_gate` of every projection, stacked, in the dtypes that the op promises."""
     each = [

@@ -1,0 +1,122 @@
+"""What the routed modules of a model share, and the contexts that act on all of them."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass
+class RoutingState:
+    """What the routed modules of one model share; copied with the model, restored by contexts.
+
+    Attributes:
+        enabled: False makes every module the plain linear it replaced.
+        sequences: bool [batch], the sequences of the batch to route; None routes all.
+        log: while gates are recorded, a list of gates per module name.
+    """
+
+    enabled: bool = True
+    sequences: Tensor | None = None
+    log: dict[str, list[Tensor]] | None = None
+
+    def tokens(self, hidden_states: Tensor) -> Tensor | None:
+        """The mask of sequences as one entry a token, or None.
+
+        Raises:
+            ValueError: the mask is for another batch.
+        """
+        if self.sequences is None:
+            return None
+        if hidden_states.ndim < 2 or len(self.sequences) != len(hidden_states):
+            raise ValueError(
+                f"the routing mask has {len(self.sequences)} sequences but hidden_states is "
+                f"{list(hidden_states.shape)}"
+            )
+        mask = self.sequences.view(-1, *[1] * (hidden_states.ndim - 2))
+        return mask.expand(hidden_states.shape[:-1]).reshape(-1)
+
+    def record(self, name: str, gates: Tensor, hidden_states: Tensor) -> None:
+        """Note the gates [M, E] of one pass of a module."""
+        if self.log is not None:
+            shape = hidden_states.shape[:-1]
+            self.log.setdefault(name, []).append(gates.view(*shape, gates.shape[-1]))
+
+
+def routed_modules(model: nn.Module) -> dict[str, Any]:
+    """The routed projections of `model` by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "routing", None), RoutingState)
+    }
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no routed projection: attach one first")
+    return found
+
+
+def _state(model: nn.Module) -> RoutingState:
+    """The state that the routed modules of `model` share, made common if they have several."""
+    modules = routed_modules(model).values()
+    state = next(iter(modules)).routing
+    for module in modules:
+        module.routing = state
+    return state
+
+
+@contextlib.contextmanager
+def routing(model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
+    """Route, or do not, inside the context: all of the batch, or the sequences of a mask.
+
+    Args:
+        model: with routed projections in it.
+        enabled: True, False, or bool [batch] on the model's device.
+
+    Raises:
+        TypeError: a mask that is not bool.
+        ValueError: the model has no routed projection.
+    """
+    state = _state(model)
+    if isinstance(enabled, Tensor) and enabled.dtype != torch.bool:
+        raise TypeError(f"the routing mask is {enabled.dtype}: take a bool mask, one per sequence")
+    before = state.enabled, state.sequences
+    if isinstance(enabled, Tensor):
+        state.enabled, state.sequences = True, enabled
+    else:
+        state.enabled, state.sequences = bool(enabled), None
+    try:
+        yield
+    finally:
+        state.enabled, state.sequences = before
+
+
+@contextlib.contextmanager
+def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record what every router says while the context is open.
+
+    Yields:
+        {module name: gates [batch, tokens, E]}, filled when the context closes: the tokens of all
+        routed passes in order. Passes with routing off leave nothing.
+
+    Raises:
+        ValueError: the model has no routed projection, or gates are being recorded already.
+    """
+    state = _state(model)
+    if state.log is not None:
+        raise ValueError("gates are being recorded already: close that context first")
+    for name, module in routed_modules(model).items():
+        module._log_name = name
+    gates: dict[str, Tensor] = {}
+    state.log = {}
+    try:
+        yield gates
+    finally:
+        gates |= {name: torch.cat(passes, dim=-2) for name, passes in state.log.items()}
+        state.log = None
