@@ -10,9 +10,22 @@ from pathlib import Path
 from mogu_kernels import kernels, launch
 
 FOLDER = Path(kernels.__file__).parent
-GEMMS = ("fused", "gated_linear")
+GEMMS = ("fused", "gated_linear", "one_launch")  # x and weight by pointers, one accumulator
 ROUTERS = ("fused", "shrink_gate")
 ALL = (*GEMMS, "shrink_gate")
+EPILOGUES = ("fused", "epilogue", "persistent_linear")
+ORDER = (
+    "gates",
+    "tiles",
+    "epilogue",
+    "fused",
+    "shrink_gate",
+    "gated_linear",
+    "persistent_linear",
+    "one_launch",
+    "gated_mlp",
+    "gated_expand",
+)
 
 # file, what stands there, what the mutant has instead
 FAULTS = {
@@ -35,14 +48,14 @@ FAULTS = {
         "return gates",
     ),
     "rank-of-the-wrong-expert": ("gates", "columns // RANK == e", "columns % E == e"),
-    "total-ignored": (GEMMS, "acc *= total[:, None]", "acc *= 1.0"),
+    "total-ignored": (EPILOGUES, "acc *= total[:, None]", "acc *= 1.0"),
     "bias-added-after-the-gate": (
-        GEMMS,
+        EPILOGUES,
         "acc += bias.to(tl.float32)[None, :]",
         "acc += bias.to(tl.float32)[None, :] / total[:, None]",
     ),
-    "bias-dropped": (GEMMS, "acc += bias", "acc += 0 * bias"),
-    "bias-stride-hard-coded": (GEMMS, "offs_n * stride_bias", "offs_n"),
+    "bias-dropped": (EPILOGUES, "acc += bias", "acc += 0 * bias"),
+    "bias-stride-hard-coded": (EPILOGUES, "offs_n * stride_bias", "offs_n"),
     "mask-m-dropped-on-x": (
         ALL,
         "x_ptrs, mask=mask_m[:, None] & mask_k[None, :]",
@@ -84,12 +97,12 @@ FAULTS = {
         "u_ptrs, mask=mask_k[:, None]",
     ),
     "mask-r-dropped-on-lora-B": (
-        GEMMS,
+        ("fused", "epilogue"),
         "b_ptrs, mask=mask_r[:, None] & mask_n[None, :]",
         "b_ptrs, mask=mask_n[None, :]",
     ),
     "mask-n-dropped-on-lora-B": (
-        GEMMS,
+        ("fused", "epilogue"),
         "b_ptrs, mask=mask_r[:, None] & mask_n[None, :]",
         "b_ptrs, mask=mask_r[:, None]",
     ),
@@ -116,7 +129,7 @@ FAULTS = {
     "stride-of-x-hard-coded": (ALL, "x_ptrs += BLOCK_K * stride_xk", "x_ptrs += BLOCK_K"),
     "stride-of-weight-hard-coded": (GEMMS, "* stride_wn", "* K"),
     "stride-of-lora-A-hard-coded": (ROUTERS, "* stride_ae", "* (RANK * K)"),
-    "stride-of-lora-B-hard-coded": (GEMMS, "* stride_be", "* (RANK * N)"),
+    "stride-of-lora-B-hard-coded": (("fused", "epilogue"), "* stride_be", "* (RANK * N)"),
     "last-k-tile-skipped": (ALL, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K + 1, BLOCK_K)"),
     "accumulates-in-half": (
         GEMMS,
@@ -132,10 +145,109 @@ FAULTS = {
     "routed-mask-on-ranks-only": (ROUTERS, "total = tl.where(routed, total, 1.0)", "total = total"),
     "rows-of-tiles-lost": ("tiles", "min(tiles_m - group * GROUP_M, GROUP_M)", "GROUP_M"),
     "last-chunk-of-ranks-skipped": (
-        "gated_linear",
+        "epilogue",
         "static_range(0, E * RANK, BLOCK_R)",
         "static_range(0, E * RANK - BLOCK_R + 1, BLOCK_R)",
     ),
+    "last-chunk-of-ranks-skipped-by-descriptor": (
+        "persistent_linear",
+        "static_range(0, RANK_COLUMNS, BLOCK_R)",
+        "static_range(0, RANK_COLUMNS - BLOCK_R + 1, BLOCK_R)",
+    ),
+    "total-of-the-wrong-rows": ("epilogue", "offs_m * stride_total", "0 * offs_m"),
+    "last-tile-lost": (
+        "persistent_linear",
+        "tl.range(tl.program_id(0), tiles,",
+        "tl.range(tl.program_id(0), tiles - 1,",
+    ),
+    "first-tile-only": ("persistent_linear", "tl.num_programs(0), flatten", "tiles, flatten"),
+    "last-k-tile-skipped-by-descriptor": (
+        "persistent_linear",
+        "range(0, K, BLOCK_K)",
+        "range(0, K - BLOCK_K + 1, BLOCK_K)",
+    ),
+    "mask-m-dropped-on-total": (
+        "persistent_linear",
+        "stride_total, mask=offs_m < M",
+        "stride_total, mask=offs_m < M + BLOCK_M",
+    ),
+    "weight-rows-of-the-wrong-tile": (
+        "persistent_linear",
+        "weight_desc.load([column, k])",
+        "weight_desc.load([row, k])",
+    ),
+    "experts-of-the-first-projection-for-all": (
+        "shrink_gate",
+        "pointers[p], pointer)",
+        "pointers[0], pointer)",
+    ),
+    "shrunk-of-all-projections-in-one-place": ("shrink_gate", "projection * stride_sp", "0"),
+    "total-of-all-projections-in-one-place": ("shrink_gate", "projection * stride_tp", "0"),
+    "gates-of-all-projections-in-one-place": ("shrink_gate", "projection * stride_gp", "0"),
+    "flag-not-waited-for": ("one_launch", 'sem="acquire") < CHUNKS', 'sem="acquire") < 0'),
+    "flag-not-acquired": ("one_launch", '0, sem="acquire") < CHUNKS', '0, sem="relaxed") < CHUNKS'),
+    "flag-not-released": ("one_launch", '1, sem="release")', '1, sem="relaxed")'),
+    "flag-of-the-next-rows": ("one_launch", "flags_ptr + pid_m", "flags_ptr + pid_m + 1"),
+    "flag-not-set-back": ("one_launch", "tl.atomic_xchg(flag_ptr, 0", "tl.atomic_xchg(flag_ptr, 1"),
+    "gate-and-up-swapped": (
+        "gated_mlp",
+        "activate(acc_0, ACTIVATION) * acc_1",
+        "activate(acc_1, ACTIVATION) * acc_0",
+    ),
+    "activation-dropped": ("gated_mlp", "activate(acc_0, ACTIVATION) * acc_1", "acc_0 * acc_1"),
+    "up-proj-has-the-ranks-of-gate-proj": ("gated_mlp", "shrunk_ptr + stride_sj", "shrunk_ptr"),
+    "up-proj-has-the-total-of-gate-proj": ("gated_mlp", "total_ptr + stride_tj", "total_ptr"),
+    "up-proj-has-the-bias-of-gate-proj": (
+        "gated_mlp",
+        "acc_1,\n        bias_1_ptr",
+        "acc_1,\n        bias_0_ptr",
+    ),
+    "up-proj-has-the-lora-B-of-gate-proj": (
+        "gated_mlp",
+        "stride_tj,\n        lora_B_1_ptr",
+        "stride_tj,\n        lora_B_0_ptr",
+    ),
+    "up-proj-has-the-weight-of-gate-proj": (
+        "gated_mlp",
+        "weight_1_ptr + w_offsets",
+        "weight_0_ptr + w_offsets",
+    ),
+    "mask-m-dropped-on-x-of-the-mlp": (
+        "gated_mlp",
+        "x_ptrs, mask=mask_m[:, None] & mask_k[None, :]",
+        "x_ptrs, mask=mask_k[None, :]",
+    ),
+    "mask-k-dropped-on-gate-proj": (
+        "gated_mlp",
+        "w_0_ptrs, mask=mask_k[:, None] & mask_n[None, :]",
+        "w_0_ptrs, mask=mask_n[None, :]",
+    ),
+    "mask-n-dropped-on-up-proj": (
+        "gated_mlp",
+        "w_1_ptrs, mask=mask_k[:, None] & mask_n[None, :]",
+        "w_1_ptrs, mask=mask_k[:, None]",
+    ),
+    "last-k-tile-skipped-in-the-mlp": (
+        "gated_mlp",
+        "range(0, K, BLOCK_K)",
+        "range(0, K - BLOCK_K + 1, BLOCK_K)",
+    ),
+    "mask-n-dropped-on-y-of-the-mlp": (
+        "gated_mlp",
+        "mask=mask_m[:, None] & mask_n[None, :])",
+        "mask=mask_m[:, None])",
+    ),
+    "mask-m-dropped-on-foreign-y": (
+        "gated_expand",
+        "mask_m[:, None] & mask_n[None, :]",
+        "mask_n[None, :]",
+    ),
+    "mask-n-dropped-on-foreign-y": (
+        "gated_expand",
+        "mask_m[:, None] & mask_n[None, :]",
+        "mask_m[:, None]",
+    ),
+    "stride-of-foreign-y-hard-coded": ("gated_expand", "* stride_ym", "* N"),
 }
 
 
@@ -171,7 +283,7 @@ def _rebuilt(file: str, changed: Path) -> dict:
     """All kernel modules anew, in the order of their imports, one of them from `changed`."""
     fresh, kept = {}, {}
     try:
-        for name in ("gates", "tiles", "fused", "shrink_gate", "gated_linear"):
+        for name in ORDER:
             full = f"mogu_kernels.kernels.{name}"
             path = changed if name == file else FOLDER / f"{name}.py"
             spec = importlib.util.spec_from_file_location(full, path)
