@@ -111,7 +111,7 @@ def producers(projection: oracle.Projection) -> int:
 
 
 def assert_tiles_wait_for_their_flags() -> None:
-    """Run before the programs that shrink, a tile of the one-launch kernel waits: here, for ever."""
+    """Run before the programs that shrink, a tile of the one-launch kernel waits, here for ever."""
     projections, message = problem("one_launch", *SHAPES[0]), "no tile waited"
     try:
         with Trace(order=1):  # no producers in front
