@@ -6,6 +6,7 @@ Everything is computed in fp32 (fp64 for fp64 inputs) and rounded once.
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ def gated_mlp_backward(
     gate: str,
     activation: str,
     routed: Tensor | None,
-) -> list[Tensor | list[Tensor]]:
+) -> list[Any]:
     """Gradients of the first seven arguments of `gated_mlp`; both projections are recomputed."""
     (gated, up), _ = _both_projections(
         x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed
@@ -115,7 +116,7 @@ def gated_mlp_backward(
     else:
         kind = "tanh" if activation == "gelu_tanh" else "none"
         dgated = torch.ops.aten.gelu_backward(dy * up, gated, approximate=kind)
-    pairs = [
+    pairs: list[Any] = [
         mogu_linear_backward(
             dp,
             None if grad_gates is None else grad_gates[j],
@@ -133,9 +134,11 @@ def gated_mlp_backward(
         )
         for j, dp in enumerate((dgated, dy * ACTIVATIONS[activation](gated)))
     ]
-    dx, *rest = zip(*pairs, strict=True)
-    grads: list[Tensor | list[Tensor]] = [sum(dx).to(x.dtype)]
-    return grads + [[grad for grad in pair if grad is not None] for pair in rest]
+    (dx_gate, *of_gate), (dx_up, *of_up) = pairs
+    grads: list[Any] = [(dx_gate + dx_up).to(x.dtype)]
+    for pair in zip(of_gate, of_up, strict=True):
+        grads.append([grad for grad in pair if grad is not None])  # no bias, no gradient
+    return grads
 
 
 def _both_projections(x, weight, bias, *rest) -> tuple[list[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -259,7 +260,8 @@ def _fuse_mlps(model: nn.Module) -> tuple[str, ...]:
     """Swap gated MLPs whose gate_proj and up_proj are routed alike; their names."""
     activation = ACTIVATIONS.get(getattr(getattr(model, "config", None), "hidden_act", None) or "")
     fused = []
-    for name, mlp in list(model.named_modules()):
+    mlps: dict[str, Any] = dict(model.named_modules())
+    for name, mlp in mlps.items():
         if activation is None or type(mlp).__name__ not in GATED_MLPS:
             continue
         pair = (mlp.gate_proj, mlp.up_proj)

@@ -19,6 +19,7 @@ from mogu_kernels.kernels.shrink_gate import shrink_gate_kernel
 from mogu_kernels.router import split_gate_weight
 from mogu_kernels.tuning import (
     WIDEST_FUSED_RANK,
+    Dtype,
     Target,
     TileConfig,
     shrink_config,
@@ -27,7 +28,11 @@ from mogu_kernels.tuning import (
 
 WIDEST_CHUNK = 64  # rank columns that one dot of an epilogue, or one program of the shrink, takes
 EXPAND_TILE = (64, 128)  # rows and columns of y that one program of `gated_expand_` owns
-DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+DTYPES: dict[torch.dtype, Dtype] = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
 
 
 def mogu_linear(

@@ -19,6 +19,7 @@ TARGETS = ("ampere", "hopper", "blackwell", "cdna")  # sm_80, sm_90, sm_100, gfx
 TABLES = Path(__file__).parent / "configs"
 
 Target = Literal["ampere", "hopper", "blackwell", "cdna"]
+Dtype = Literal["f32", "f16", "bf16"]
 
 _OPTIONS = ("descriptors", "pdl", "one_launch")
 _TEXT = re.compile(r"(fused|two_launch):(\d+)x(\d+)x(\d+):g(\d+):w(\d+):s(\d+)((?::\w+)*)")
@@ -89,8 +90,8 @@ class TileConfig:
         options = match[8].split(":")[1:] if match else []
         if match is None or not set(options) <= set(_OPTIONS):
             raise ValueError(f"config {text!r} is not of the form fused:64x64x64:g8:w4:s3")
-        kernel: Any = match[1]
-        return TileConfig(kernel, *map(int, match.groups()[1:7]), **dict.fromkeys(options, True))
+        numbers: Any = (match[1], *map(int, match.groups()[1:7]))
+        return TileConfig(*numbers, **dict.fromkeys(options, True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def tile_config(
     N: int,
     K: int,
     rank_columns: int,
-    dtype: Literal["f32", "f16", "bf16"],
+    dtype: Dtype,
     target: Target,
     device: str | None = None,
 ) -> TileConfig:
