@@ -10,7 +10,7 @@ atomics this plugin
    the store (vector clocks over what was executed). Everything else stays a race.
 
 And for all launches: what was stored through a tensor descriptor is written back, which ttsem 0.1.0
-forgets, and compilation stops at the TTIR, which is three quarters of the time saved.
+forgets, and compilation stops at the TTIR: 80 s instead of 440 for tests/test_gpu.py.
 """
 
 import copy
