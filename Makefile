@@ -4,7 +4,8 @@ BIN := .venv/bin
 # idle OpenMP threads sleep: a factor of four when the cores are shared
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check compile compile-3.6 report test-ttir races bench bench-projection host gpu \
+	tune setup clean
 
 demo: setup  ## answer three prompts on a real model: base, published procedure, ours
 	$(BIN)/python -m demo
@@ -17,8 +18,40 @@ check: setup  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+compile: setup  ## kernels x shipped configs, compiled for four GPUs; FULL=1: all, WRITE=1: new table
+	$(BIN)/python -m bench.static $(if $(FULL),--full) $(if $(WRITE),--write)
+
+compile-3.6: .venv-3.6/.done  ## the same on the oldest Triton that is supported
+	.venv-3.6/bin/python -m bench.static $(if $(FULL),--full) $(if $(WRITE),--write)
+
+report: setup  ## bytes, FLOPs and launches of every stack, counted without a GPU; the budgets
+	$(BIN)/python -m bench.report
+
+test-ttir: .venv-ttir/.done  ## the gpu suite on the CPU, executed from the compiled TTIR
+	$(TTIR)/python -m ttsem.sanitize pytest -p tests.interleave -m gpu tests/test_gpu.py
+
+races: .venv-ttir/.done  ## what sentryward proves free of races on sm_80
+	$(TTIR)/python -m bench.races
+
 bench: setup  ## whole generation on the real model, interleaved; about ten minutes
 	$(BIN)/python -m bench.generation
+
+bench-projection: setup  ## routed projection on the CPU, judged, then timed; FULL=1 for every layer
+	mkdir -p out
+	$(BIN)/python -m pytest bench/test_projection.py -q \
+	  $(if $(FULL),,-k "f32 and (o_proj or k_proj) and not m512") \
+	  --benchmark-max-time=0.25 --benchmark-min-rounds=3 --benchmark-warmup=on \
+	  --benchmark-warmup-iterations=1 --benchmark-sort=fullname \
+	  --benchmark-columns=min,median,iqr,rounds --benchmark-json out/projection.json
+
+host: setup  ## microseconds of Python around one op call
+	$(BIN)/python -m bench.host
+
+gpu: setup  ## on a GPU: correctness, then cuBLAS, plain and ours; under eight minutes
+	$(BIN)/python -m bench.gpu
+
+tune: setup  ## on a GPU: measure tiles, write mogu_kernels/configs/
+	$(BIN)/python -m bench.tune
 
 setup: .setup-done
 
@@ -28,5 +61,19 @@ setup: .setup-done
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# environments of their own: another Triton each
+TTIR := TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 .venv-ttir/bin
+
+.venv-3.6/.done: bench/static/constraints-3.6.txt
+	test -d .venv-3.6 || $(PYTHON) -m venv .venv-3.6
+	.venv-3.6/bin/pip install --constraint $< torch triton numpy safetensors tqdm rich
+	touch $@
+
+.venv-ttir/.done: constraints-ttir.txt
+	test -d .venv-ttir || $(PYTHON) -m venv .venv-ttir
+	.venv-ttir/bin/pip install --constraint $< torch triton numpy pytest safetensors sentryward
+	.venv-ttir/bin/pip install --no-deps --ignore-requires-python ttsem==0.1.0
+	touch $@
+
 clean:
-	rm -rf .venv .setup-done out build *.egg-info
+	rm -rf .venv .venv-3.6 .venv-ttir .setup-done out build *.egg-info

@@ -28,17 +28,9 @@ from bench.counting import (
     check_peers,
     count,
 )
+from bench.layers import LAYERS, RANK, TOKENS
 from bench.peers import PEERS
 
-RANK, TOKENS = 8, (1, 8, 64, 512, 4096)
-LAYERS = {  # N, K
-    "llama2_7b.o_proj": (4096, 4096),
-    "llama2_7b.gate_proj": (11008, 4096),
-    "llama2_7b.down_proj": (4096, 11008),
-    "falcon_7b.dense": (4544, 4544),
-    "mistral_7b.k_proj": (1024, 4096),
-    "smollm2_135m.o_proj": (576, 576),
-}
 BUDGET_LAYER = LAYERS["llama2_7b.o_proj"]
 BUDGET_TOKENS, BUDGET_RANKS = (1, 16, 64, 128, 129, 512, 4096), (8, 16, 64)
 RESULTS = Path("bench/results")

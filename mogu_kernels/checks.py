@@ -6,8 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mogu_kernels import cpu
+
 GATES = ("sigmoid", "softmax")
-BACKENDS = ("auto", "triton", "eager")
+BACKENDS = ("auto", "triton", "cpu", "eager")
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 MAX_EXPERTS = 8
 
 
@@ -137,16 +140,31 @@ def check_backend(backend: str, x: Tensor) -> None:
         raise ValueError(f"backend={backend!r}: take one of {', '.join(BACKENDS)}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"hidden_states is {x.dtype}: take a floating-point dtype")
-    if backend != "triton":
+    if backend not in ("triton", "cpu"):
         return
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f'hidden_states is {x.dtype}: the Triton kernels take fp32, fp16 and bf16; '
-                        'backend="eager" takes it')  # fmt: skip
+    if x.dtype not in HALF_AND_SINGLE:
+        raise TypeError(
+            f"hidden_states is {x.dtype}: the {backend} kernels take fp32, fp16 and bf16; "
+            'backend="eager" takes it'
+        )
+    if backend == "cpu" and not cpu.instruction_sets():
+        raise ValueError(
+            'backend="cpu" was not built: install again with a C++ compiler, or take "eager"'
+        )
+    if backend == "cpu" and x.device.type != "cpu":
+        raise ValueError(f'backend="cpu" takes CPU tensors, not {x.device}: take "auto"')
+    if backend == "cpu":
+        return
     if x.device.type == "cpu" and not interpreting():
         raise ValueError(
             'backend="triton" on CPU tensors needs Triton\'s interpreter: set TRITON_INTERPRET=1 '
             'before the first import, or take backend="eager"'
         )
+
+
+def runs_on_cpp(x: Tensor) -> bool:
+    """Whether the C++ backend was built and takes x's dtype."""
+    return x.dtype in HALF_AND_SINGLE and bool(cpu.instruction_sets())
 
 
 def interpreting() -> bool:

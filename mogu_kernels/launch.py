@@ -20,13 +20,15 @@ from mogu_kernels.router import split_gate_weight
 from mogu_kernels.tuning import (
     WIDEST_FUSED_RANK,
     Dtype,
+    Layout,
     Target,
     TileConfig,
     shrink_config,
     tile_config,
 )
 
-WIDEST_CHUNK = 64  # rank columns that one dot of an epilogue, or one program of the shrink, takes
+# rank columns that one dot of an epilogue, or one program of the shrink, takes
+WIDEST_CHUNK = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
 EXPAND_TILE = (64, 128)  # rows and columns of y that one program of `gated_expand_` owns
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "f32",
@@ -51,7 +53,7 @@ def mogu_linear(
 ) -> tuple[Tensor, Tensor]:
     """Y [M, N] and gates [M, E] fp32 ([M, 0] unless asked for), in one launch or two."""
     E, rank, _ = lora_A.shape
-    tiles = config or choose_tiles("mogu_linear", x, len(weight), E * rank)
+    tiles = config or choose_tiles("mogu_linear", x, len(weight), E * rank, weight, lora_B)
     if tiles.kernel == "two_launch" and not tiles.one_launch:
         shrunk, total, gates = shrink_gate(
             x, [lora_A], [gate_weight], [gate_bias], scaling, gate, routed, return_gates, tiles.pdl
@@ -109,7 +111,7 @@ def _one_launch(arguments, tiles, rank_columns):
     x, M = arguments["x_ptr"], arguments["M"]
     shrunk = _empty(M, rank_columns, dtype=x.dtype, device=x.device)
     total = _empty(M, dtype=torch.float32, device=x.device)
-    chunk = min(_power_of_two(rank_columns), WIDEST_CHUNK)
+    chunk = _chunk(rank_columns, x.dtype)
     row_blocks = _tiles(M, tiles.BLOCK_M)
     shrinkers = row_blocks * _tiles(rank_columns, chunk)
     _run(
@@ -147,8 +149,8 @@ def shrink_gate(
     lora_A = _alike(lora_A)
     gate_bias = _alike(gate_bias)
     terms = _alike([_terms(weight, x.dtype) for weight in gate_weight])
-    tiles = shrink_config(M, DTYPES[x.dtype], target(x.device))
-    chunk = min(_power_of_two(E * rank), WIDEST_CHUNK)
+    tiles = shrink_config(M, DTYPES[x.dtype], target(x.device), _layout(x, lora_A[0][0]))
+    chunk = _chunk(E * rank, x.dtype)
     _run(
         shrink_gate_kernel,
         (_tiles(M, tiles.BLOCK_M), _tiles(E * rank, chunk), P),
@@ -200,11 +202,11 @@ def gated_linear(
     """Y [M, N] from what `shrink_gate` made of x: the second launch of two."""
     M, N, rank_columns = len(x), len(weight), shrunk.shape[1]
     y = _empty(M, N, dtype=x.dtype, device=x.device)
-    tiles = tiles or choose_tiles("mogu_linear", x, N, rank_columns)
+    tiles = tiles or choose_tiles("mogu_linear", x, N, rank_columns, weight, lora_B)
     if y.numel() == 0:
         return y
     grid = _tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N)
-    chunk = min(_power_of_two(rank_columns), WIDEST_CHUNK)
+    chunk = _chunk(rank_columns, x.dtype)
     arguments = {
         "bias_ptr": bias,
         "total_ptr": total,
@@ -277,7 +279,7 @@ def gated_expand_(
         HAS_BIAS=bias is not None,
         BLOCK_M=EXPAND_TILE[0],
         BLOCK_N=EXPAND_TILE[1],
-        BLOCK_R=min(_power_of_two(E * rank), WIDEST_CHUNK),
+        BLOCK_R=_chunk(E * rank, y.dtype),
         num_warps=4,
     )
 
@@ -299,7 +301,7 @@ def gated_mlp(
 ) -> tuple[Tensor, Tensor]:
     """Y [M, N] and gates [2, M, E] fp32, in two launches; every list is gate_proj's, up_proj's."""
     M, N, (E, rank, _) = len(x), len(weight[0]), lora_A[0].shape
-    tiles = config or choose_tiles("gated_mlp", x, N, E * rank)
+    tiles = config or choose_tiles("gated_mlp", x, N, E * rank, weight[0], lora_B[0])
     shrunk, total, gates = shrink_gate(
         x, lora_A, gate_weight, gate_bias, scaling, gate, routed, return_gates, tiles.pdl
     )
@@ -329,15 +331,28 @@ def gated_mlp(
         **_base(x, weight[0], biases[0], lora_B[0], y),
         HAS_BIAS=bool(bias),
         ACTIVATION=activation,
-        BLOCK_R=min(_power_of_two(E * rank), WIDEST_CHUNK),
+        BLOCK_R=_chunk(E * rank, x.dtype),
         PDL=tiles.pdl,
         **_tile_arguments(tiles),
     )
     return y, gates
 
 
-def choose_tiles(op, x: Tensor, N: int, rank_columns: int) -> TileConfig:
-    """The tiles of an op on x for N out_features."""
+def choose_tiles(
+    op,
+    x: Tensor,
+    N: int,
+    rank_columns: int,
+    weight: Tensor | None = None,
+    lora_B: Tensor | None = None,
+) -> TileConfig:
+    """The tiles of an op on x for N out_features; operands that are not given lie well."""
+    matrices = [x] if weight is None else [x, weight]
+    unit = 16 // x.element_size()
+    stacked = lora_B is not None and _side_by_side(lora_B) is None
+    layout = _layout(*matrices)
+    if layout == "described" and (stacked or N % unit or rank_columns % unit):
+        layout = "aligned"
     return tile_config(
         op,
         len(x),
@@ -347,7 +362,16 @@ def choose_tiles(op, x: Tensor, N: int, rank_columns: int) -> TileConfig:
         DTYPES[x.dtype],
         target(x.device),
         _device_name(x.device),
+        layout,
     )
+
+
+def _layout(*matrices: Tensor) -> Layout:
+    """How well the loads of some matrices go: by descriptor, 16 bytes at a time, or neither."""
+    if all(map(_describable, matrices)):
+        return "described"
+    aligned = all(_describable(m) or _describable(m.T) for m in matrices)
+    return "aligned" if aligned else "odd"
 
 
 @functools.cache
@@ -451,6 +475,11 @@ def _flags(device: torch.device, row_blocks: int) -> Tensor:
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     flags = _FLAGS.get((device, stream))
     if flags is None or len(flags) < row_blocks:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"one_launch=True needs {row_blocks} flags that this stream does not have yet: "
+                "run the call once on it before capturing a graph"
+            )
         flags = torch.zeros(max(row_blocks, 1024), dtype=torch.int32, device=device)
         _FLAGS[device, stream] = flags
     return flags
@@ -468,6 +497,11 @@ def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def _chunk(rank_columns: int, dtype: torch.dtype) -> int:
+    """Rank columns that are taken at a time; at full precision few, since they cost registers."""
+    return min(_power_of_two(rank_columns), WIDEST_CHUNK[dtype])
 
 
 def _power_of_two(columns: int) -> int:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 M_BUCKETS = (16, 64, 128, 512, 4096)
-WIDEST_FUSED_RANK = 64  # rank columns of all experts that the one-launch kernel keeps in registers
+WIDEST_FUSED_RANK = 128  # rank columns of all experts that the one-launch kernel keeps in registers
 TARGETS = ("ampere", "hopper", "blackwell", "cdna")  # sm_80, sm_90, sm_100, gfx942 and their kin
 TABLES = Path(__file__).parent / "configs"
 
 Target = Literal["ampere", "hopper", "blackwell", "cdna"]
 Dtype = Literal["f32", "f16", "bf16"]
+# how matrices lie: fit for tensor descriptors; rows at multiples of 16 bytes; anything else
+Layout = Literal["described", "aligned", "odd"]
 
 _OPTIONS = ("descriptors", "pdl", "one_launch")
 _TEXT = re.compile(r"(fused|two_launch):(\d+)x(\d+)x(\d+):g(\d+):w(\d+):s(\d+)((?::\w+)*)")
@@ -118,6 +120,7 @@ def tile_config(
     dtype: Dtype,
     target: Target,
     device: str | None = None,
+    layout: Layout = "described",
 ) -> TileConfig:
     """Measured tiles for this device and shape if there are any, else heuristic ones.
 
@@ -130,57 +133,78 @@ def tile_config(
         dtype: of the operands.
         target: family of the device.
         device: its name, as the tables have it; None asks for the heuristic.
+        layout: of the operands; the tables were measured on "described" ones.
     """
     rows = bucket(M)
-    if device is not None:
+    if device is not None and layout == "described":
         table = _table(device, dtype).get(f"{op}:{N}x{K}:r{rank_columns}", {})
         if table:
             nearest = min(table, key=lambda size: (abs(int(size) - rows), int(size)))
             return TileConfig.parse(table[nearest])
     heuristic = mlp_heuristic if op == "gated_mlp" else linear_heuristic
-    return heuristic(rows, rank_columns, dtype, target)
+    return heuristic(rows, rank_columns, dtype, target, layout)
 
 
-def linear_heuristic(rows: int, rank_columns: int, dtype: str, target: Target) -> TileConfig:
-    """Tiles of `mogu_linear` for a bucket of M."""
-    wide = rank_columns > WIDEST_FUSED_RANK
-    kernel = "two_launch" if wide else "fused"
+def linear_heuristic(
+    rows: int, rank_columns: int, dtype: Dtype, target: Target, layout: Layout = "described"
+) -> TileConfig:
+    """Tiles of `mogu_linear` for a bucket of M; `make compile` holds each to its budget."""
+    few = 2 if target == "cdna" else 3  # stages: LDS holds 64 KiB
+    deep = 2 if target == "cdna" else 4
+    narrow = rank_columns <= 64 if layout == "odd" else rank_columns <= WIDEST_FUSED_RANK
+    kernel = "fused" if rows <= 128 and narrow else "two_launch"
     if dtype == "f32":  # no tensor cores at full precision, half the tile in shared memory
-        block_m = 64 if rows > 16 else 16
-        return TileConfig(kernel if rows <= 128 else "two_launch", block_m, 64, 32)
-    deep = 2 if target == "cdna" else 4  # LDS holds 64 KiB
+        kernel = "fused" if rows <= 128 and rank_columns <= 64 else "two_launch"
+        block_m, num_warps = 64 if rows > 16 else 16, 8 if rank_columns > 64 else 4
+        return TileConfig(kernel, block_m, 64, 32, num_warps=num_warps)
     if rows <= 16:
-        return TileConfig(kernel, 16, 32, 128, num_stages=deep)
+        block_k = 128 if layout != "odd" and rank_columns <= 64 else 64
+        return TileConfig(kernel, 16, 32, block_k, num_stages=deep)
+    if layout == "odd":  # loads of single elements: more registers for addresses
+        num_warps = 4 if kernel == "two_launch" and rank_columns <= 32 else 8
+        return TileConfig(kernel, 64, 64, 32, num_warps=num_warps, num_stages=few)
     if rows <= 64:
-        return TileConfig(kernel, 64, 64, 64, num_stages=deep)
-    if rows <= 128 and not wide:
-        return TileConfig("fused", 128, 128, 64, num_warps=8, num_stages=min(deep, 3))
-    if target == "hopper":
-        return TileConfig("two_launch", 128, 256, 64, num_warps=8, descriptors=True)
-    if target == "blackwell":  # 128 x 256 would ask for 768 columns of tensor memory; there are 512
-        return TileConfig("two_launch", 128, 128, 64, num_warps=8, descriptors=True)
-    return TileConfig("two_launch", 128, 128, 64, num_warps=8, num_stages=min(deep, 3))
+        num_warps = 4 if rank_columns <= 64 else 8
+        return TileConfig(kernel, 64, 64, 64, num_warps=num_warps, num_stages=deep)
+    if rows <= 128:
+        block_n = 128 if rank_columns <= 32 else 64
+        return TileConfig(kernel, 128, block_n, 64, num_warps=8, num_stages=few)
+    if target == "hopper" and layout == "described":
+        return TileConfig(kernel, 128, 256, 64, num_warps=8, descriptors=True)
+    # on Blackwell 128 x 256 would ask for 768 columns of tensor memory; there are 512
+    descriptors = target == "blackwell" and layout == "described"
+    return TileConfig(kernel, 128, 128, 64, num_warps=8, num_stages=few, descriptors=descriptors)
 
 
-def mlp_heuristic(rows: int, rank_columns: int, dtype: str, target: Target) -> TileConfig:
+def mlp_heuristic(
+    rows: int, rank_columns: int, dtype: Dtype, target: Target, layout: Layout = "described"
+) -> TileConfig:
     """Tiles of `gated_mlp`, which holds two accumulators."""
     del rank_columns  # the epilogue takes them in chunks
+    few = 2 if target == "cdna" else 3
     if dtype == "f32":
         return TileConfig("two_launch", 64 if rows > 16 else 16, 32, 32)
-    deep = 2 if target == "cdna" else 3
     if rows <= 16:
-        return TileConfig("two_launch", 16, 32, 128, num_stages=deep)
+        return TileConfig("two_launch", 16, 32, 64 if layout == "odd" else 128, num_stages=few)
+    if layout == "odd":
+        return TileConfig("two_launch", 64, 64, 32, num_warps=8, num_stages=few)
     if rows <= 64:
-        return TileConfig("two_launch", 64, 64, 64, num_stages=deep)
+        num_warps = 4 if target == "ampere" else 8
+        block_k = 128 if target == "hopper" else 64
+        return TileConfig("two_launch", 64, 64, block_k, num_warps=num_warps, num_stages=few)
+    deep = 4 if target == "hopper" else few
     return TileConfig("two_launch", 128, 64, 64, num_warps=8, num_stages=deep)
 
 
-def shrink_config(M: int, dtype: str, target: Target) -> ShrinkConfig:
+def shrink_config(
+    M: int, dtype: Dtype, target: Target, layout: Layout = "described"
+) -> ShrinkConfig:
     """Heuristic tiles for the narrow GEMM: short row blocks, so that many programs read."""
     deep = 2 if target == "cdna" else 4
-    block_k = 64 if dtype == "f32" else 128
+    if dtype == "f32" or layout == "odd":
+        return ShrinkConfig(BLOCK_M=16, BLOCK_K=64, num_warps=4, num_stages=min(deep, 3))
     if bucket(M) <= 512:
-        return ShrinkConfig(BLOCK_M=16, BLOCK_K=block_k, num_warps=4, num_stages=deep)
+        return ShrinkConfig(BLOCK_M=16, BLOCK_K=128, num_warps=4, num_stages=deep)
     return ShrinkConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=deep)
 
 

@@ -105,7 +105,7 @@ def watched(op: str, order: int | None = None, producers: int = 0) -> Iterator[T
 def producers(projection: oracle.Projection) -> int:
     """Programs of the one-launch kernel that the others wait for."""
     columns = projection.lora_A.shape[0] * projection.lora_A.shape[1]
-    chunk = min(launch._power_of_two(columns), launch.WIDEST_CHUNK)
+    chunk = launch._chunk(columns, projection.x.dtype)
     rows = launch._tiles(len(projection.x), cases.ONE_LAUNCH.BLOCK_M)
     return rows * launch._tiles(columns, chunk)
 

@@ -49,13 +49,9 @@ FAULTS = {
     ),
     "rank-of-the-wrong-expert": ("gates", "columns // RANK == e", "columns % E == e"),
     "total-ignored": (EPILOGUES, "acc *= total[:, None]", "acc *= 1.0"),
-    "bias-added-after-the-gate": (
-        EPILOGUES,
-        "acc += bias.to(tl.float32)[None, :]",
-        "acc += bias.to(tl.float32)[None, :] / total[:, None]",
-    ),
-    "bias-dropped": (EPILOGUES, "acc += bias", "acc += 0 * bias"),
-    "bias-stride-hard-coded": (EPILOGUES, "offs_n * stride_bias", "offs_n"),
+    "bias-dropped": ("tiles", "acc += bias", "acc += 0 * bias"),
+    "bias-stride-hard-coded": ("tiles", "offs_n * stride_bias", "offs_n"),
+    "bias-of-the-wrong-columns": ("tiles", "offs_n * stride_bias", "0 * offs_n"),
     "mask-m-dropped-on-x": (
         ALL,
         "x_ptrs, mask=mask_m[:, None] & mask_k[None, :]",
@@ -199,8 +195,8 @@ FAULTS = {
     "up-proj-has-the-total-of-gate-proj": ("gated_mlp", "total_ptr + stride_tj", "total_ptr"),
     "up-proj-has-the-bias-of-gate-proj": (
         "gated_mlp",
-        "acc_1,\n        bias_1_ptr",
-        "acc_1,\n        bias_0_ptr",
+        "acc_1 = accumulator(bias_1_ptr",
+        "acc_1 = accumulator(bias_0_ptr",
     ),
     "up-proj-has-the-lora-B-of-gate-proj": (
         "gated_mlp",
@@ -247,6 +243,7 @@ FAULTS = {
         "mask_m[:, None] & mask_n[None, :]",
         "mask_m[:, None]",
     ),
+    "bias-of-a-foreign-base-dropped": ("gated_expand", "y += accumulator", "accumulator"),
     "stride-of-foreign-y-hard-coded": ("gated_expand", "* stride_ym", "* N"),
 }
 

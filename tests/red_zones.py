@@ -22,7 +22,7 @@ def poisoned(shape, dtype, device="cpu", zone=ZONE) -> Tensor:
 
 def intact(tensor: Tensor) -> bool:
     """Whether nothing outside `tensor`, which `poisoned` made, was written."""
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     size = tensor.numel() * tensor.element_size()
     return bool((whole[:ZONE] == 0xFF).all() and (whole[ZONE + size :] == 0xFF).all())
 

@@ -59,9 +59,9 @@ def expected(module, x):
     return y
 
 
-def on_triton(monkeypatch):
-    """CPU tensors go to the interpreted kernels instead of `eager`, modules and all."""
-    monkeypatch.setattr(library, "runs_eagerly", lambda backend, x: False)
+def on(backend, monkeypatch):
+    """CPU tensors go to one backend, modules and all: "triton" is interpreted."""
+    monkeypatch.setattr(library, "choose", lambda _, x, built=True: backend)
 
 
 def listen(monkeypatch):
@@ -83,7 +83,7 @@ def test_any_base_is_routed_around(make, triton, monkeypatch):
     module = trained(mk.MoGULinear.from_linear(base, rank=3))
     x = torch.randn(2, 5, 24)
     if triton:
-        on_triton(monkeypatch)
+        on("triton", monkeypatch)
     names = listen(monkeypatch)
     with torch.no_grad():
         y = module(x)
@@ -154,8 +154,9 @@ def test_a_layer_costs_its_budget_of_launches(attached, monkeypatch, tokens):
     model, _ = attached
     ids = tiny.prompt(tokens)
     with torch.no_grad():
+        on("eager", monkeypatch)
         eager = model(ids, use_cache=False).logits
-        on_triton(monkeypatch)
+        on("triton", monkeypatch)
         names = listen(monkeypatch)
         logits = model(ids, use_cache=False).logits
     torch.testing.assert_close(logits, eager, rtol=1e-4, atol=1e-4)
@@ -171,9 +172,10 @@ def test_masks_reach_shared_shrinks_and_gated_mlps(attached, monkeypatch):
     model, plain = attached
     ids = tiny.prompt(LONG // 2 + 1, batch=2)
     with torch.no_grad():
+        on("eager", monkeypatch)
         routed = model(ids, use_cache=False).logits
         base = plain(ids, use_cache=False).logits
-        on_triton(monkeypatch)
+        on("triton", monkeypatch)
         with mk.routing(model, torch.tensor([True, False])):
             mixed = model(ids, use_cache=False).logits
         with mk.routing(model, False):
@@ -187,9 +189,10 @@ def test_gates_of_shared_shrinks_and_gated_mlps_are_recorded(attached, monkeypat
     model, _ = attached
     ids = tiny.prompt(LONG)
     with torch.no_grad():
+        on("eager", monkeypatch)
         with mk.record_gates(model) as expected_gates:
             model(ids, use_cache=False)
-        on_triton(monkeypatch)
+        on("triton", monkeypatch)
         with mk.record_gates(model) as gates:
             model(ids, use_cache=False)
     assert gates.keys() == expected_gates.keys()
@@ -199,7 +202,7 @@ def test_gates_of_shared_shrinks_and_gated_mlps_are_recorded(attached, monkeypat
 
 
 def test_a_shared_shrink_notices_other_hidden_states_and_masks(monkeypatch):
-    on_triton(monkeypatch)
+    on("triton", monkeypatch)
     modules = [trained(mk.MoGULinear(24, 40, rank=3)).requires_grad_(False) for _ in range(2)]
     alone = copy.deepcopy(modules)
     for module in modules:
@@ -267,7 +270,7 @@ def test_a_swapped_decoder_layer_adds_no_launch_at_decode(monkeypatch):
     x = torch.randn(1, 1, projection.in_features)
     with torch.no_grad():
         eager = projection(x)
-        on_triton(monkeypatch)
+        on("triton", monkeypatch)
         with Trace() as trace:
             y = projection(x)
     assert trace.launches == 1

@@ -190,16 +190,3 @@ def test_the_unpatched_interpreter_still_has_no_bf16():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode != 0
-
-
-@pytest.mark.gpu
-@all_dtypes
-@all_pairs
-def test_on_a_gpu_random_operands_match_fp64(shape, kernel, dtype):
-    projection = cases.projection(shape, dtype)
-    on_gpu = {
-        name: value.cuda() if isinstance(value, torch.Tensor) else value
-        for name, value in projection.operands().items()
-    }
-    y = ops.mogu_linear(**on_gpu, config=cases.KERNELS[kernel])
-    oracle.assert_matches(actual=y.cpu(), projection=projection)

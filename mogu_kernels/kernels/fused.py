@@ -23,7 +23,7 @@ from mogu_kernels.kernels.gates import (
     router_mask,
     router_pointers,
 )
-from mogu_kernels.kernels.tiles import tile_position
+from mogu_kernels.kernels.tiles import accumulator, tile_position
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -91,7 +91,7 @@ def fused_kernel(
     u_ptrs = router_pointers(gate_weight_ptr, offs_k, stride_ut, stride_ue, stride_uk)
 
     # accumulate over K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = accumulator(bias_ptr, offs_n, mask_n, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
     shrunk = tl.zeros([BLOCK_M, RANK_COLUMNS], tl.float32)
     router_columns = tl.zeros([BLOCK_M, ROUTER_COLUMNS], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -116,9 +116,6 @@ def fused_kernel(
         routed = tl.load(routed_ptr + offs_m * stride_routed, mask=mask_m, other=0) != 0
         total = tl.where(routed, total, 1.0)
         shrunk = tl.where(routed[:, None], shrunk, 0.0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
     acc *= total[:, None]
     b_rows = (columns // RANK) * stride_be + (columns % RANK) * stride_br
     b_ptrs = lora_B_ptr + b_rows[:, None] + offs_n[None, :] * stride_bn

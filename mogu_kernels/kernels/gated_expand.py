@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from mogu_kernels.kernels.epilogue import gate_and_expand
+from mogu_kernels.kernels.tiles import accumulator
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -48,9 +49,9 @@ def gated_expand_kernel(
 
     # gate and expand
     y = tl.load(y_ptrs, mask=mask_y, other=0.0).to(tl.float32)
+    y += accumulator(bias_ptr, offs_n, mask_n, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
     y = gate_and_expand(
         y,
-        bias_ptr,
         shrunk_ptr,
         total_ptr,
         lora_B_ptr,
@@ -58,7 +59,6 @@ def gated_expand_kernel(
         offs_n,
         mask_m,
         mask_n,
-        stride_bias,
         stride_sm,
         stride_sr,
         stride_total,
@@ -67,7 +67,6 @@ def gated_expand_kernel(
         stride_br,
         E,
         RANK,
-        HAS_BIAS,
         BLOCK_R,
     )
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from mogu_kernels.kernels.epilogue import gate_and_expand
-from mogu_kernels.kernels.tiles import tile_position
+from mogu_kernels.kernels.tiles import accumulator, tile_position
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,7 +61,7 @@ def gated_linear_kernel(
     w_ptrs = weight_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
 
     # accumulate over K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = accumulator(bias_ptr, offs_n, mask_n, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
@@ -75,7 +75,6 @@ def gated_linear_kernel(
         gdc_wait()  # up to here nothing came from the first launch
     acc = gate_and_expand(
         acc,
-        bias_ptr,
         shrunk_ptr,
         total_ptr,
         lora_B_ptr,
@@ -83,7 +82,6 @@ def gated_linear_kernel(
         offs_n,
         mask_m,
         mask_n,
-        stride_bias,
         stride_sm,
         stride_sr,
         stride_total,
@@ -92,7 +90,6 @@ def gated_linear_kernel(
         stride_br,
         E,
         RANK,
-        HAS_BIAS,
         BLOCK_R,
     )
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from mogu_kernels.kernels.epilogue import gate_and_expand
-from mogu_kernels.kernels.tiles import tile_position
+from mogu_kernels.kernels.tiles import accumulator, tile_position
 
 
 @triton.jit
@@ -83,8 +83,8 @@ def gated_mlp_kernel(
     w_0_ptrs, w_1_ptrs = weight_0_ptr + w_offsets, weight_1_ptr + w_offsets
 
     # accumulate over K
-    acc_0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc_1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_0 = accumulator(bias_0_ptr, offs_n, mask_n, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
+    acc_1 = accumulator(bias_1_ptr, offs_n, mask_n, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
@@ -101,7 +101,6 @@ def gated_mlp_kernel(
         gdc_wait()  # up to here nothing came from the first launch
     acc_0 = gate_and_expand(
         acc_0,
-        bias_0_ptr,
         shrunk_ptr,
         total_ptr,
         lora_B_0_ptr,
@@ -109,7 +108,6 @@ def gated_mlp_kernel(
         offs_n,
         mask_m,
         mask_n,
-        stride_bias,
         stride_sm,
         stride_sr,
         stride_total,
@@ -118,12 +116,10 @@ def gated_mlp_kernel(
         stride_br,
         E,
         RANK,
-        HAS_BIAS,
         BLOCK_R,
     )
     acc_1 = gate_and_expand(
         acc_1,
-        bias_1_ptr,
         shrunk_ptr + stride_sj,
         total_ptr + stride_tj,
         lora_B_1_ptr,
@@ -131,7 +127,6 @@ def gated_mlp_kernel(
         offs_n,
         mask_m,
         mask_n,
-        stride_bias,
         stride_sm,
         stride_sr,
         stride_total,
@@ -140,7 +135,6 @@ def gated_mlp_kernel(
         stride_br,
         E,
         RANK,
-        HAS_BIAS,
         BLOCK_R,
     )
     y = activate(acc_0, ACTIVATION) * acc_1

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from mogu_kernels.kernels.epilogue import gate_and_expand
 from mogu_kernels.kernels.shrink_gate import shrink_rows
-from mogu_kernels.kernels.tiles import tile_position
+from mogu_kernels.kernels.tiles import accumulator, tile_position
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -133,7 +133,7 @@ def one_launch_kernel(
         w_ptrs = weight_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk
 
         # accumulate over K
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = accumulator(bias_ptr, offs_n, mask_n, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
         for k in range(0, K, BLOCK_K):
             mask_k = offs_k < K - k
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
@@ -154,7 +154,6 @@ def one_launch_kernel(
         # epilogue
         acc = gate_and_expand(
             acc,
-            bias_ptr,
             shrunk_ptr,
             total_ptr,
             lora_B_ptr,
@@ -162,7 +161,6 @@ def one_launch_kernel(
             offs_n,
             mask_m,
             mask_n,
-            stride_bias,
             stride_sm,
             stride_sr,
             stride_total,
@@ -171,7 +169,6 @@ def one_launch_kernel(
             stride_br,
             E,
             RANK,
-            HAS_BIAS,
             BLOCK_R,
         )
 

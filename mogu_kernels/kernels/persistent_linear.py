@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from mogu_kernels.kernels.tiles import tile_position
+from mogu_kernels.kernels.tiles import accumulator, tile_position
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -42,15 +42,17 @@ def persistent_linear_kernel(
 ):
     """See the module."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    # wide ranks would be prefetched too, into more shared memory than there is
-    OVERLAP: tl.constexpr = RANK_COLUMNS <= 32
+    # wide ranks would be prefetched too, into more shared memory than there is; a bias would be
+    # carried from tile to tile in registers
+    OVERLAP: tl.constexpr = RANK_COLUMNS <= 32 and not HAS_BIAS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=OVERLAP):
         # where am I
         pid_m, pid_n = tile_position(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, column = pid_m * BLOCK_M, pid_n * BLOCK_N
 
         # accumulate over K
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        offs_n = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+        acc = accumulator(bias_ptr, offs_n, offs_n < N, stride_bias, HAS_BIAS, BLOCK_M, BLOCK_N)
         for k in range(0, K, BLOCK_K):
             x = x_desc.load([row, k])
             w = weight_desc.load([column, k])
@@ -61,10 +63,6 @@ def persistent_linear_kernel(
             gdc_wait()  # up to here nothing came from the first launch
         offs_m = row.to(tl.int64) + tl.arange(0, BLOCK_M)
         total = tl.load(total_ptr + offs_m * stride_total, mask=offs_m < M, other=0.0)
-        if HAS_BIAS:
-            offs_n = column.to(tl.int64) + tl.arange(0, BLOCK_N)
-            bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
-            acc += bias.to(tl.float32)[None, :]
         acc *= total[:, None]
         for r in tl.static_range(0, RANK_COLUMNS, BLOCK_R):
             shrunk = shrunk_desc.load([row, r])

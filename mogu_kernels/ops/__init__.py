@@ -1,6 +1,6 @@
 """`torch.library` ops: check the arguments, choose a backend, launch.
 
-    CPU          eager
+    CPU          the C++ kernels where they were built and take the dtype, else eager
     CUDA, ROCm   the Triton kernels
 
 `backend=` forces one. Gradients are computed by `eager` on every device.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogu_kernels import checks
 from mogu_kernels.tuning import TileConfig
 
 LIBRARY = torch.library.Library("mogu", "DEF")
@@ -20,9 +21,16 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"mogu::{name}", fake, lib=LIBRARY)
 
 
-def runs_eagerly(backend: str, x: Tensor) -> bool:
-    """Whether `eager` serves x; `backend` has been checked against its device."""
-    return backend == "eager" or (backend == "auto" and x.device.type == "cpu")
+def choose(backend: str, x: Tensor, built: bool = True) -> str:
+    """The backend that serves x: "eager", "cpu" or "triton"; a name was checked against x.
+
+    `built`: whether the C++ backend has the op.
+    """
+    if backend != "auto":
+        return backend
+    if x.device.type != "cpu":
+        return "triton"
+    return "cpu" if built and checks.runs_on_cpp(x) else "eager"
 
 
 def parse(config: str) -> TileConfig | None:
@@ -57,5 +65,7 @@ def autocast(device: str, tensors: Iterable[Tensor | None]) -> list[Any]:
 
 def outside_autocast(function: Callable, device: str, *operands: Any) -> Any:
     """Call `function` where autocast cannot narrow what it keeps wide."""
+    if not torch.is_autocast_enabled(device):
+        return function(*operands)
     with torch.autocast(device, enabled=False):
         return function(*operands)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mogu_kernels import checks, eager
+from mogu_kernels import checks, cpu, eager
 from mogu_kernels.ops import library
 from mogu_kernels.tuning import TileConfig
 
@@ -48,7 +48,7 @@ def mogu_linear(
         routed: bool [M]; where False the row is the plain projection, as if the gates summed to 1
             and every expert were zero. None routes every row.
         return_gates: also return what the router says, for every row, routed or not.
-        backend: "auto", "triton" or "eager".
+        backend: "auto", "triton", "cpu" or "eager".
         config: the tiles; chosen by M, rank and dtype if None. Triton only.
 
     Returns:
@@ -78,9 +78,12 @@ def mogu_linear(
 def _implementation(*args):
     *operands, return_gates, backend, config = args
     x = operands[0]
-    if library.runs_eagerly(backend, x):
+    chosen = library.choose(backend, x)
+    if chosen == "eager":
         y, gates = library.outside_autocast(eager.mogu_linear, x.device.type, *operands)
         return y, gates if return_gates else gates.new_empty(len(x), 0)
+    if chosen == "cpu":
+        return cpu.mogu_linear(*operands, return_gates=return_gates)
     from mogu_kernels import launch  # Triton is imported by whoever needs it
 
     return launch.mogu_linear(*operands, return_gates=return_gates, config=library.parse(config))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mogu_kernels import checks, eager
+from mogu_kernels import checks, cpu, eager
 from mogu_kernels.ops import library
 from mogu_kernels.tuning import TileConfig
 
@@ -50,7 +50,7 @@ def gated_mlp(
         gate: "sigmoid" (as published) or "softmax".
         routed: bool [M]; where False the row is the plain MLP. None routes every row.
         return_gates: also return what the routers say.
-        backend: "auto", "triton" or "eager".
+        backend: "auto", "triton", "cpu" or "eager".
         config: the tiles, two_launch; chosen by M, rank and dtype if None. Triton only.
 
     Returns:
@@ -102,9 +102,12 @@ def gated_mlp(
 def _implementation(*args):
     *operands, return_gates, backend, config = args
     x = operands[0]
-    if library.runs_eagerly(backend, x):
+    chosen = library.choose(backend, x)
+    if chosen == "eager":
         y, gates = library.outside_autocast(eager.gated_mlp, x.device.type, *operands)
         return y, gates if return_gates else gates[..., :0].clone()
+    if chosen == "cpu":
+        return cpu.gated_mlp(*operands, return_gates=return_gates)
     from mogu_kernels import launch
 
     return launch.gated_mlp(*operands, return_gates=return_gates, config=library.parse(config))

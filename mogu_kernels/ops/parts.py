@@ -174,7 +174,7 @@ def gated_expand_(
 
 def takes_two_launches(x: Tensor, rank_columns: int) -> bool:
     """Whether `mogu_linear` would shrink x [M, K] in a launch of its own."""
-    if library.runs_eagerly("auto", x) or len(x) == 0:
+    if library.choose("auto", x) != "triton" or len(x) == 0:
         return False
     from mogu_kernels import launch
 
@@ -194,7 +194,7 @@ def _eager_shrink(x, lora_A, gate_weight, gate_bias, scaling, gate, routed):
 def _shrink_gate(*args: Any):
     *operands, return_gates, backend = args
     x = operands[0]
-    if library.runs_eagerly(backend, x):
+    if library.choose(backend, x, built=False) != "triton":
         shrunk, total, gates = library.outside_autocast(_eager_shrink, x.device.type, *operands)
         return shrunk, total, gates if return_gates else gates[..., :0].clone()
     from mogu_kernels import launch
@@ -215,7 +215,7 @@ def _fake_shrink_gate(x, lora_A, *args):
 
 def _gated_linear(x, weight, bias, shrunk, total, lora_B, backend, config):
     operands = (x, weight, bias, shrunk, total, lora_B)
-    if library.runs_eagerly(backend, x):
+    if library.choose(backend, x, built=False) != "triton":
         return library.outside_autocast(eager.gated_linear, x.device.type, *operands)
     from mogu_kernels import launch
 
@@ -223,7 +223,7 @@ def _gated_linear(x, weight, bias, shrunk, total, lora_B, backend, config):
 
 
 def _gated_expand_(y, shrunk, total, lora_B, bias, backend):
-    if library.runs_eagerly(backend, y):
+    if library.choose(backend, y, built=False) != "triton":
         y.copy_(eager.gated_expand(y, shrunk, total, lora_B, bias))
         return
     from mogu_kernels import launch

@@ -1,0 +1,27 @@
+// 256-bit vectors.
+#include "standard.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define WIDTH 8
+#define MOGU_F16C
+
+namespace mogu::avx2 {
+#include "vectors.h"
+#include "kernels.h"
+#include "gemm.h"
+#include "run.h"
+}
+
+#include "entry.h"
+MOGU_ENTRY(avx2)
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

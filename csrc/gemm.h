@@ -1,0 +1,260 @@
+// The routed projection for many tokens: the same mathematics as kernels.h around a blocked GEMM.
+//
+// Two parallel phases with a barrier between them. First tiles of COUNT tokens are shared out: each
+// thread shrinks its own, works out their gates and lays them side by side, in fp32 or as pairs of
+// bf16. Then the rows of weight are: a panel of 2 * WIDTH rows is transposed once into this thread's
+// cache and meets every tile, with 2 * COUNT accumulators in registers; gate, expand and bias are
+// applied to those before the one rounding.
+
+constexpr int WIDE_TILE = WIDTH == 16 ? 12 : 6;  // tokens whose accumulators fit the registers
+constexpr int PANEL = 2 * WIDTH;                 // rows of weight
+
+// What stands for a step of K in a panel: one fp32 column, or a pair of bf16 columns.
+template <class T>
+struct Column {
+  using Token = float;
+  static constexpr int STEP = 1;
+  static inline Vector block(const T* w) { return load(w); }
+  static inline Vector add(Vector acc, Vector w, float x) { return acc + w * x; }
+};
+
+#if defined(MOGU_BF16_DOT)
+template <>
+struct Column<bf16> {
+  using Token = int32_t;  // two of them
+  static constexpr int STEP = 2;
+  static inline Vector block(const bf16* w) { return load((const float*)w); }
+  static inline Vector add(Vector acc, Vector w, int32_t x) {
+    return (Vector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+  }
+};
+#endif
+
+template <int STEP, int HALF, int... LANES>
+static inline Vector exchange(Vector a, Vector b, std::integer_sequence<int, LANES...>) {
+  // HALF 0: lanes with STEP unset from a, the others from b one block lower; HALF 1: mirrored
+  return __builtin_shufflevector(
+      a, b,
+      (HALF == 0 ? (LANES & STEP ? WIDTH + LANES - STEP : LANES)
+                 : (LANES & STEP ? WIDTH + LANES : LANES + STEP))...);
+}
+
+// v[row][column] becomes v[column][row]
+template <int STEP = 1>
+static inline void transpose(Vector* v) {
+  if constexpr (STEP < WIDTH) {
+    for (int i = 0; i < WIDTH; ++i)
+      if (!(i & STEP)) {
+        Vector a = v[i], b = v[i + STEP];
+        v[i] = exchange<STEP, 0>(a, b, std::make_integer_sequence<int, WIDTH>{});
+        v[i + STEP] = exchange<STEP, 1>(a, b, std::make_integer_sequence<int, WIDTH>{});
+      }
+    transpose<STEP * 2>(v);
+  }
+}
+
+// Rows n to n + PANEL of weight as columns: panel[step of K][row]; what is missing is zero.
+template <class T>
+static void take_panel(const Call& call, const Projection& p, int64_t n, Vector* panel) {
+  constexpr int64_t BLOCK = WIDTH * Column<T>::STEP;  // elements of a row in one vector
+  for (int half = 0; half < 2; ++half) {
+    const T* rows[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) {
+      int64_t row = smaller(n + half * WIDTH + i, call.N - 1);
+      rows[i] = static_cast<const T*>(p.weight) + row * p.weight_n;
+    }
+    for (int64_t k = 0; k < call.K; k += BLOCK) {
+      Vector v[WIDTH];
+      for (int i = 0; i < WIDTH; ++i) {
+        if (k + BLOCK <= call.K) {
+          v[i] = Column<T>::block(rows[i] + k);
+        } else {
+          T tail[BLOCK] = {};
+          std::memcpy(tail, rows[i] + k, (call.K - k) * sizeof(T));
+          v[i] = Column<T>::block(tail);
+        }
+      }
+      transpose(v);
+      Vector* to = panel + 2 * (k / Column<T>::STEP) + half;
+      for (int i = 0; i < WIDTH; ++i) to[2 * i] = v[i];
+    }
+  }
+}
+
+// acc[token][half] for a tile xs[step of K][token] and a panel. K is taken RUN steps at a time, whose
+// sums are added up: one long sum would round more than the library GEMMs do.
+constexpr int64_t RUN = 512;
+
+template <class T, int COUNT>
+static inline void meet(const typename Column<T>::Token* xs, const Vector* panel, int64_t steps,
+                        Vector (*acc)[2]) {
+  for (int t = 0; t < COUNT; ++t) acc[t][0] = acc[t][1] = Vector{};
+  for (int64_t first = 0; first < steps; first += RUN) {
+    Vector run[COUNT][2] = {};
+    for (int64_t k = first, last = smaller(first + RUN, steps); k < last; ++k) {
+      Vector low = panel[2 * k], high = panel[2 * k + 1];
+      for (int t = 0; t < COUNT; ++t) {
+        run[t][0] = Column<T>::add(run[t][0], low, xs[k * COUNT + t]);
+        run[t][1] = Column<T>::add(run[t][1], high, xs[k * COUNT + t]);
+      }
+    }
+    for (int t = 0; t < COUNT; ++t)
+      for (int half = 0; half < 2; ++half) acc[t][half] += run[t][half];
+  }
+}
+
+// What the threads share: the tokens by tiles, and what the shrink made of them.
+template <class T>
+struct Shared {
+  using Token = typename Column<T>::Token;
+  int64_t steps;        // of K
+  Buffer<Token> tokens;  // [tiles, steps, COUNT]
+  Gated gated[2];
+};
+
+// Tile `tile` and one panel from row n of weight on: finished values, acc[token][half].
+template <class T, int COUNT>
+static inline void finish(const Call& call, const Projection& p, const Shared<T>& shared,
+                          const Gated& gated, const Vector* panel, const Vector* B, int64_t n,
+                          int64_t tile, Vector (*acc)[2]) {
+  meet<T, COUNT>(shared.tokens.data + tile * shared.steps * COUNT, panel, shared.steps, acc);
+  float bias[PANEL] = {};
+  if (p.bias)
+    for (int i = 0; i < PANEL && n + i < call.N; ++i)
+      bias[i] = widen(static_cast<const T*>(p.bias)[(n + i) * p.bias_n]);
+  for (int t = 0; t < COUNT; ++t) {
+    int64_t token = smaller(tile * COUNT + t, call.M - 1);
+    const float* shrunk = gated.shrunk.data + token * gated.ranks;
+    float total = gated.total[token];
+    Vector low{}, high{};
+    for (int64_t c = 0; c < call.E * call.rank; ++c) {
+      low += B[2 * c] * shrunk[c];
+      high += B[2 * c + 1] * shrunk[c];
+    }
+    acc[t][0] = (acc[t][0] + load(bias)) * total + low;
+    acc[t][1] = (acc[t][1] + load(bias + WIDTH)) * total + high;
+  }
+}
+
+// Row c of B holds rank column c of PANEL rows of lora_B.
+template <class T>
+static void take_expansion(const Call& call, const Projection& p, int64_t n, Vector* B) {
+  float* to = reinterpret_cast<float*>(B);
+  for (int64_t e = 0; e < call.E; ++e)
+    for (int64_t j = 0; j < call.rank; ++j)
+      for (int i = 0; i < PANEL; ++i) {
+        int64_t row = smaller(n + i, call.N - 1);
+        to[(e * call.rank + j) * PANEL + i] = widen(static_cast<const T*>(
+            p.lora_B)[e * p.lora_B_e + row * p.lora_B_n + j * p.lora_B_r]);
+      }
+}
+
+template <class T, int COUNT>
+static void own_panels(const Call& call, const Shared<T>& shared, int64_t first, int64_t last) {
+  int projections = call.activation == Activation::none ? 1 : 2;
+  Buffer<Vector> panels[2], B[2];
+  for (int j = 0; j < projections; ++j) {
+    panels[j] = Buffer<Vector>(2 * ((shared.steps + WIDTH - 1) / WIDTH * WIDTH));
+    B[j] = Buffer<Vector>(2 * call.E * call.rank);
+  }
+  for (int64_t n = first; n < last; n += PANEL) {
+    for (int j = 0; j < projections; ++j) {
+      take_panel<T>(call, call.projections[j], n, panels[j].data);
+      take_expansion<T>(call, call.projections[j], n, B[j].data);
+    }
+    for (int64_t m = 0, tile = 0; m < call.M; m += COUNT, ++tile) {
+      Vector acc[COUNT][2], up[COUNT][2];
+      finish<T, COUNT>(call, call.projections[0], shared, shared.gated[0], panels[0].data,
+                       B[0].data, n, tile, acc);
+      if (projections == 2) {
+        finish<T, COUNT>(call, call.projections[1], shared, shared.gated[1], panels[1].data,
+                         B[1].data, n, tile, up);
+        for (int t = 0; t < COUNT; ++t)
+          for (int half = 0; half < 2; ++half)
+            acc[t][half] = activate(acc[t][half], call.activation) * up[t][half];
+      }
+      for (int t = 0; t < COUNT && m + t < call.M; ++t) {
+        T* y = static_cast<T*>(call.y) + (m + t) * call.y_m + n;
+        if (n + PANEL <= call.N) {
+          store(acc[t][0], y);
+          store(acc[t][1], y + WIDTH);
+        } else {
+          const float* values = reinterpret_cast<const float*>(acc[t]);
+          for (int i = 0; n + i < call.N; ++i) narrow(values[i], y + i);
+        }
+      }
+    }
+  }
+}
+
+// Tokens m to m + count: shrunk, gated and laid side by side.
+template <class T, int COUNT>
+static void own_tile(const Call& call, const Narrow<T>& narrow, int64_t m, Shared<T>& shared) {
+  using Token = typename Column<T>::Token;
+  int64_t count = smaller(COUNT, call.M - m);
+  Call part = call;
+  part.x = static_cast<const T*>(call.x) + m * call.x_m;
+  part.M = count;
+  if (call.routed) part.routed += m * call.routed_m;
+  Tokens tokens;
+  take_tokens<T>(part, tokens);
+  Token* to = shared.tokens.data + m * shared.steps;
+  for (int64_t t = 0; t < count; ++t) {
+    const Token* from;
+    if constexpr (std::is_same_v<Token, float>)
+      from = tokens.wide.data + t * tokens.padded;
+    else
+      from = (const Token*)(tokens.half.data + t * tokens.padded);
+    for (int64_t k = 0; k < shared.steps; ++k) to[k * COUNT + t] = from[k];
+  }
+  for (int j = 0; j < narrow.projections; ++j) {
+    Projection& p = part.projections[j];
+    if (p.gates) p.gates += m * call.E;
+    Buffer<float> h((narrow.experts + call.E) * count);
+    narrow_dots<4>(narrow.shrink_of(j), narrow.experts, tokens, count, call.K, h.data);
+    narrow_dots<4>(narrow.routers_of(j), call.E, tokens, count, call.K,
+                   h.data + narrow.experts * count);
+    Gated gated;
+    gate(part, p, h.data, p.gates, gated);
+    Gated& all = shared.gated[j];
+    std::memcpy(all.total.data + m, gated.total.data, count * sizeof(float));
+    std::memcpy(all.shrunk.data + m * all.ranks, gated.shrunk.data,
+                count * all.ranks * sizeof(float));
+  }
+}
+
+template <class T, int COUNT>
+static void run_by_tiles_of(const Call& call) {
+  Narrow<T> narrow(call);
+  Shared<T> shared;
+  int64_t tiles = (call.M + COUNT - 1) / COUNT, panels = (call.N + PANEL - 1) / PANEL;
+  shared.steps = (call.K + Column<T>::STEP - 1) / Column<T>::STEP;
+  shared.tokens = Buffer<typename Column<T>::Token>(tiles * shared.steps * COUNT);
+  for (int j = 0; j < narrow.projections; ++j) {
+    Gated& gated = shared.gated[j];
+    gated.ranks = (narrow.experts + WIDTH - 1) / WIDTH * WIDTH;
+    gated.total = Buffer<float>(call.M);
+    gated.shrunk = Buffer<float>(call.M * gated.ranks);
+  }
+#pragma omp parallel num_threads(call.threads)
+  {
+    int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    for (int64_t i = tiles * me / threads; i < tiles * (me + 1) / threads; ++i)
+      own_tile<T, COUNT>(call, narrow, i * COUNT, shared);
+#pragma omp barrier
+    own_panels<T, COUNT>(call, shared, panels * me / threads * PANEL,
+                         smaller(panels * (me + 1) / threads * PANEL, call.N));
+  }
+}
+
+template <class T>
+static void run_blocked(const Call& call) {
+  constexpr int NARROW_TILE = WIDE_TILE * 2 / 3;
+  int64_t wide = (call.M + WIDE_TILE - 1) / WIDE_TILE * WIDE_TILE;
+  int64_t narrow = (call.M + NARROW_TILE - 1) / NARROW_TILE * NARROW_TILE;
+  // a narrow tile is slower per token, so it must save a sixth of them
+  if (narrow * 7 <= wide * 6)
+    run_by_tiles_of<T, NARROW_TILE>(call);
+  else
+    run_by_tiles_of<T, WIDE_TILE>(call);
+}
