@@ -161,14 +161,15 @@ def linear_heuristic(
         block_k = 128 if layout != "odd" and rank_columns <= 64 else 64
         return TileConfig(kernel, 16, 32, block_k, num_stages=deep)
     if layout == "odd":  # loads of single elements: more registers for addresses
-        num_warps = 4 if kernel == "two_launch" and rank_columns <= 32 else 8
-        return TileConfig(kernel, 64, 64, 32, num_warps=num_warps, num_stages=few)
+        num_warps = 4 if kernel == "two_launch" else 8
+        block_n = 32 if rank_columns > 32 and kernel == "two_launch" else 64
+        return TileConfig(kernel, 64, block_n, 32, num_warps=num_warps, num_stages=few)
     if rows <= 64:
         num_warps = 4 if rank_columns <= 64 else 8
         return TileConfig(kernel, 64, 64, 64, num_warps=num_warps, num_stages=deep)
     if rows <= 128:
-        block_n = 128 if rank_columns <= 32 else 64
-        return TileConfig(kernel, 128, block_n, 64, num_warps=8, num_stages=few)
+        block_n, block_k = (128, 64) if rank_columns <= 32 else (64, 32)
+        return TileConfig(kernel, 128, block_n, block_k, num_warps=8, num_stages=few)
     if target == "hopper" and layout == "described":
         return TileConfig(kernel, 128, 256, 64, num_warps=8, descriptors=True)
     # on Blackwell 128 x 256 would ask for 768 columns of tensor memory; there are 512
