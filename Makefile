@@ -4,8 +4,8 @@ BIN := .venv/bin
 # idle OpenMP threads sleep: a factor of four when the cores are shared
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check compile compile-3.6 report test-ttir races bench bench-projection host gpu \
-	tune setup clean
+.PHONY: demo test check compile compile-3.6 report test-ttir races bench bench-cpu \
+	bench-projection host gpu tune sanitize setup clean
 
 demo: setup  ## answer three prompts on a real model: base, published procedure, ours
 	$(BIN)/python -m demo
@@ -36,6 +36,9 @@ races: .venv-ttir/.done  ## what sentryward proves free of races on sm_80
 bench: setup  ## whole generation on the real model, interleaved; about ten minutes
 	$(BIN)/python -m bench.generation
 
+bench-cpu: setup  ## the CPU backend beside F.linear, PEFT and others, cold weights; ten minutes
+	$(BIN)/python -m bench.cpu
+
 bench-projection: setup  ## routed projection on the CPU, judged, then timed; FULL=1 for every layer
 	mkdir -p out
 	$(BIN)/python -m pytest bench/test_projection.py -q \
@@ -52,6 +55,17 @@ gpu: setup  ## on a GPU: correctness, then cuBLAS, plain and ours; under eight m
 
 tune: setup  ## on a GPU: measure tiles, write mogu_kernels/configs/
 	$(BIN)/python -m bench.tune
+
+sanitize: setup  ## the CPU backend's tests under the address and undefined-behaviour sanitizers
+	rm -rf out/sanitize && mkdir -p out/sanitize
+	cp -r mogu_kernels tests bench reference demo pyproject.toml out/sanitize
+	$(CXX) -std=c++17 -O1 -g -fopenmp -fPIC -shared -fsanitize=address,undefined \
+	  -fno-sanitize-recover=undefined -I$(shell $(PYTHON) -c \
+	  "import sysconfig; print(sysconfig.get_path('include'))") \
+	  csrc/*.cpp -o out/sanitize/mogu_kernels/_cpu.abi3.so
+	cd out/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ../../$(BIN)/python -m pytest -q tests/test_cpu.py
 
 setup: .setup-done
 

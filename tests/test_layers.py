@@ -16,6 +16,7 @@ ALLOWED = {
     "mogu_kernels/eager.py": {"torch"},
     "mogu_kernels/router.py": {"torch"},
     "mogu_kernels/cpu.py": {"torch", "mogu_kernels"},
+    "mogu_kernels/doctor.py": {"torch", "triton", "mogu_kernels"},
     "mogu_kernels/checks.py": {"torch", "triton", "mogu_kernels"},
     "mogu_kernels/checkpoint.py": {"torch", "safetensors", "mogu_kernels.router"},
     "mogu_kernels/launch.py": {
