@@ -187,6 +187,23 @@ static void own_panels(const Call& call, const Shared<T>& shared, int64_t first,
   }
 }
 
+// to[k][token] = from[token][k], WIDTH of each at a time; tokens that are missing are zero.
+template <int COUNT>
+static void lay_side_by_side(const float* from, int64_t stride, int64_t count, int64_t steps,
+                             float* to) {
+  for (int64_t k = 0; k < steps; k += WIDTH)
+    for (int first = 0; first < COUNT; first += WIDTH) {
+      Vector v[WIDTH];
+      for (int i = 0; i < WIDTH; ++i)
+        v[i] = first + i < count ? load(from + (first + i) * stride + k) : Vector{};
+      transpose(v);
+      constexpr int LANES = COUNT < WIDTH ? COUNT : WIDTH;
+      int lanes = COUNT - first < LANES ? COUNT - first : LANES;
+      for (int i = 0; i < WIDTH && k + i < steps; ++i)
+        std::memcpy(to + (k + i) * COUNT + first, &v[i], lanes * sizeof(float));
+    }
+}
+
 // Tokens m to m + count: shrunk, gated and laid side by side.
 template <class T, int COUNT>
 static void own_tile(const Call& call, const Narrow<T>& narrow, int64_t m, Shared<T>& shared) {
@@ -198,15 +215,14 @@ static void own_tile(const Call& call, const Narrow<T>& narrow, int64_t m, Share
   if (call.routed) part.routed += m * call.routed_m;
   Tokens tokens;
   take_tokens<T>(part, tokens);
-  Token* to = shared.tokens.data + m * shared.steps;
-  for (int64_t t = 0; t < count; ++t) {
-    const Token* from;
-    if constexpr (std::is_same_v<Token, float>)
-      from = tokens.wide.data + t * tokens.padded;
-    else
-      from = (const Token*)(tokens.half.data + t * tokens.padded);
-    for (int64_t k = 0; k < shared.steps; ++k) to[k * COUNT + t] = from[k];
-  }
+  const float* from;  // pairs of bf16 travel as the 32 bits of a float
+  if constexpr (std::is_same_v<Token, float>)
+    from = tokens.wide.data;
+  else
+    from = reinterpret_cast<const float*>(tokens.half.data);
+  int64_t stride = tokens.padded / Column<T>::STEP;
+  lay_side_by_side<COUNT>(from, stride, count, shared.steps,
+                          reinterpret_cast<float*>(shared.tokens.data) + m * shared.steps);
   for (int j = 0; j < narrow.projections; ++j) {
     Projection& p = part.projections[j];
     if (p.gates) p.gates += m * call.E;
