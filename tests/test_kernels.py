@@ -174,6 +174,19 @@ def test_every_config_runs_the_kernel_it_names(monkeypatch):
     ]
 
 
+@all_kernels
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_the_error_is_that_of_one_rounding(kernel, dtype):
+    """Budget 4, with experts of a trained size: lora_B of 0.05 beside a base of 1."""
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", dtype)
+    dtype = projection.x.dtype
+    projection.lora_B = (projection.lora_B.float() * 8**0.5 * 0.05).to(dtype)
+    ref = oracle.truth(projection)
+    rounded = (ref.to(dtype).double() - ref).square().mean().sqrt()
+    error = (run(projection, kernel).double() - ref).square().mean().sqrt()
+    assert error <= 1.05 * rounded, f"{float(error / rounded):.3f} times one rounding"
+
+
 def test_the_unpatched_interpreter_still_has_no_bf16():
     """Should this fail, tests/bf16_interpreter.py can go."""
     import subprocess
