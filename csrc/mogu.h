@@ -10,7 +10,6 @@ enum class Dtype : int64_t { f32, f16, bf16 };
 enum class Activation : int64_t { none, silu, gelu, gelu_tanh };
 
 constexpr int64_t MAX_EXPERTS = 8;
-constexpr int64_t MAX_ROWS = 32;  // tokens that are shrunk at a time
 
 // One routed projection of x [M, K].
 struct Projection {

@@ -76,8 +76,8 @@ def _run(x, projections, activation, scaling, gate, routed, return_gates, isa):
     (M, K), (weight, _, lora_A, *_) = x.shape, projections[0]
     N, (E, rank, _) = len(weight), lora_A.shape
     y = x.new_empty(M, N)
-    gates = torch.empty(len(projections), M, E if return_gates else 0)
-    if y.numel() == 0:
+    gates = x.new_empty(len(projections), M, E if return_gates else 0, dtype=torch.float32)
+    if M == 0:
         return y, gates
     x = _rows(x)
     keep = []  # copies live until the call is through

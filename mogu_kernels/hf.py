@@ -117,7 +117,7 @@ def attach(
         model: a Hugging Face causal language model on its final device and in its final dtype.
         checkpoint: a folder, or what `load_checkpoint` returned.
         trainable: keep published routers unfolded and let experts and routers have gradients.
-            Otherwise routers are folded, exactly, and nothing has gradients.
+            Otherwise routers are folded, exactly, and nothing that is added has gradients.
 
     Returns:
         A report; `print(report)` gives one line.
@@ -267,7 +267,7 @@ def _fuse_mlps(model: nn.Module) -> tuple[str, ...]:
         pair = (mlp.gate_proj, mlp.up_proj)
         if not all(isinstance(module, MoGULinear) for module in pair):
             continue
-        if not SharedInput.can_share(pair):
+        if not MoGUGatedMLP.can_fuse(*pair):
             continue
         module = MoGUGatedMLP(*pair, mlp.down_proj, activation, mlp.act_fn)
         object.__setattr__(module, "base", mlp)  # not a child: its parameters are ours
@@ -294,10 +294,10 @@ def _routed(
     """A routed copy of `linear` with the checkpoint's experts; `linear` is not changed."""
     tensors = checkpoint.module_tensors(name)
     shape = [tensors["lora_B"].shape[1], tensors["lora_A"].shape[2]]
-    if list(linear.weight.shape) != shape:
+    if [linear.out_features, linear.in_features] != shape:
         raise ValueError(
             f"the checkpoint's {name} is for a weight of {shape} but the model's is "
-            f"{list(linear.weight.shape)}"
+            f"{[linear.out_features, linear.in_features]}"
         )
     if linear.weight.is_meta:
         raise ValueError(f"{name} is on the meta device: load the model before attaching")
@@ -310,8 +310,8 @@ def _routed(
         scaling=config.scaling,
         router_hidden=config.router_hidden,
     )
-    for key, parameter in module.named_parameters():
-        if key not in ("weight", "bias"):
-            parameter.requires_grad_(trainable)
-            parameter.data.copy_(tensors[key])
+    parameters = dict(module.named_parameters())
+    for key, tensor in tensors.items():
+        parameters[key].requires_grad_(trainable)
+        parameters[key].data.copy_(tensor)
     return module

@@ -468,6 +468,7 @@ def _terms(gate_weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _FLAGS: dict[tuple[torch.device, int], Tensor] = {}
+_KEPT: list[Tensor] = []  # a captured graph may still point to flags that became too few
 
 
 def _flags(device: torch.device, row_blocks: int) -> Tensor:
@@ -482,6 +483,7 @@ def _flags(device: torch.device, row_blocks: int) -> Tensor:
             )
         flags = torch.zeros(max(row_blocks, 1024), dtype=torch.int32, device=device)
         _FLAGS[device, stream] = flags
+        _KEPT.append(flags)
     return flags
 
 

@@ -58,7 +58,7 @@ class MoGULinear(nn.Linear):
     router: Router | None
     gate_weight: nn.Parameter
     gate_bias: nn.Parameter
-    _log_name: str
+    _log_name: str = ""
 
     def __init__(
         self,
@@ -91,6 +91,9 @@ class MoGULinear(nn.Linear):
         self.scaling = ops.checks.scaling_per_expert(scaling, num_experts)
         self.routing = RoutingState()
         self.shared_input: SharedInput | None = None
+        # of a frozen router, for half precision on a GPU; made anew when gate_weight is written
+        self._split: Tensor | None = None
+        self._split_key: tuple | None = None
         lora_A = torch.empty(num_experts, rank, self.in_features, **options)
         lora_B = torch.zeros(self.out_features, num_experts, rank, **options)
         self.lora_A = nn.Parameter(lora_A.uniform_(-1, 1) * self.in_features**-0.5)
@@ -105,7 +108,7 @@ class MoGULinear(nn.Linear):
             )
 
     def _set_gate(self, gate_weight: Tensor, gate_bias: Tensor) -> None:
-        self.router = None
+        self.router, self._split = None, None
         self.gate_weight, self.gate_bias = nn.Parameter(gate_weight), nn.Parameter(gate_bias)
 
     @classmethod
@@ -149,15 +152,8 @@ class MoGULinear(nn.Linear):
                 "unload its adapters first"
             )
         object.__setattr__(module, "base", linear)  # not a child: its parameters are ours
-        weight = linear._parameters.get("weight")
-        module.is_fused = (
-            isinstance(linear, nn.Linear)
-            and weight is not None
-            and type(weight.data) is Tensor
-            and weight.is_floating_point()
-            and list(weight.shape) == [module.out_features, module.in_features]
-        )
-        like = next((t for t in _tensors(linear) if t.is_floating_point()), torch.empty(0))
+        module.is_fused = _is_plain(linear)
+        like = next((t for t in _tensors(linear) if t.dtype in _DTYPES), torch.empty(0))
         module._add_experts(rank, num_experts, gate, router, scaling, router_hidden, like)
         return module.train(linear.training)
 
@@ -173,13 +169,15 @@ class MoGULinear(nn.Linear):
         if not self.routing.enabled:
             if self.is_fused:
                 return F.linear(hidden_states, self.weight, self.bias)
+            self.synchronise_base()
             return self.base(hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         routed = self.routing.tokens(hidden_states)
         if not self.is_fused:
+            self.synchronise_base()
             shrunk, total, gates = self._shrink([self], x, routed)
             y = self.base(hidden_states).reshape(-1, self.out_features)
-            y = ops.gated_expand_(y, shrunk[0], total[0], self.lora_B.to(y.dtype))
+            y = ops.gated_expand_(y, shrunk[0].to(y.dtype), total[0], self.lora_B.to(y.dtype))
             gates = gates[0]
         elif self.shared_input is not None and self.shared_input.serves(x):
             shrunk, total, gates = self.shared_input.take(self, hidden_states, x, routed)
@@ -224,13 +222,15 @@ class MoGULinear(nn.Linear):
             gate_weight, gate_bias = self.router.fold(self._gate_dtype())
         if x.device.type == "cpu" or x.dtype == torch.float32:
             return gate_weight, gate_bias
+        if torch.is_autocast_enabled(x.device.type):  # the op decides on the dtype
+            return gate_weight, gate_bias
         # half-precision dots read a high and a low part
-        if gate_weight.requires_grad or torch.compiler.is_compiling():
+        if self.router is not None or gate_weight.requires_grad or torch.compiler.is_compiling():
             return split_gate_weight(gate_weight, x.dtype), gate_bias
-        key = (gate_weight.data_ptr(), gate_weight._version, x.dtype)
-        if self.__dict__.get("_split_key") != key:
-            self._split = split_gate_weight(gate_weight, x.dtype)
-            self._split_key = key
+        version = 0 if gate_weight.is_inference() else gate_weight._version
+        key = (gate_weight.data_ptr(), version, x.dtype)
+        if self._split is None or self._split_key != key:
+            self._split, self._split_key = split_gate_weight(gate_weight, x.dtype), key
         return self._split, gate_bias
 
     def extra_repr(self) -> str:
@@ -250,12 +250,15 @@ class MoGULinear(nn.Linear):
     def _apply(self, fn, recurse=True):
         """`.to()`, `.half()` and kin: the folded router follows the device, but stays wide."""
         gates = [self._parameters.get(name) for name in _GATE_PARAMETERS]
+        gates += [gate.grad for gate in gates if gate is not None]
+        self._split = None
 
         def keep_wide(tensor):
             moved = fn(tensor)
             if not any(tensor is gate for gate in gates):
                 return moved
-            return tensor.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+            wide = torch.promote_types(moved.dtype, torch.float32)
+            return moved if moved.dtype == wide else tensor.to(moved.device, wide)
 
         super()._apply(keep_wide, recurse)
         self.synchronise_base()
@@ -263,7 +266,7 @@ class MoGULinear(nn.Linear):
 
     def synchronise_base(self) -> None:
         """Give `base` the parameters and buffers that this module holds in its place."""
-        if self.base is not None:
+        if self.base is not None and not torch.compiler.is_compiling():
             for kind in ("_parameters", "_buffers"):
                 ours, theirs = getattr(self, kind), getattr(self.base, kind)
                 theirs.update({name: ours[name] for name in theirs})
@@ -310,6 +313,15 @@ class SharedInput:
             self._clear()
         return results[0], results[1], results[2]
 
+    def __getstate__(self):
+        """Copies and pickles carry the members and nothing of a call."""
+        return {"members": self.members}
+
+    def __setstate__(self, state):
+        """See `__getstate__`."""
+        self.members = state["members"]
+        self._clear()
+
     def _clear(self) -> None:
         self._input = self._state = None
         self._taken: set[int] = set()
@@ -351,14 +363,19 @@ class MoGUGatedMLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: take one of {', '.join(ACTIVATIONS)}")
-        if gate_proj.out_features != up_proj.out_features or not SharedInput.can_share(
-            [gate_proj, up_proj]
-        ):
+        if not self.can_fuse(gate_proj, up_proj):
             raise ValueError(f"{gate_proj} and {up_proj} do not go together: take two of one kind")
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.activation = activation
         self.act_fn = ACTIVATIONS[activation]() if act_fn is None else act_fn
         object.__setattr__(self, "base", None)
+
+    @staticmethod
+    def can_fuse(gate_proj: MoGULinear, up_proj: MoGULinear) -> bool:
+        """Whether one kernel can compute both."""
+        alike = gate_proj.out_features == up_proj.out_features
+        biases = (gate_proj.bias is None) == (up_proj.bias is None)
+        return alike and biases and SharedInput.can_share([gate_proj, up_proj])
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., in_features] -> [..., down_proj.out_features]."""
@@ -397,6 +414,24 @@ ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
 }
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling `linear` is one GEMM with a plain weight, and nothing more."""
+    weight = linear._parameters.get("weight")
+    return (
+        isinstance(linear, nn.Linear)
+        and type(linear).forward is nn.Linear.forward
+        and "forward" not in linear.__dict__
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and weight is not None
+        and type(weight.data) is Tensor
+        and weight.dtype in _DTYPES
+        and list(weight.shape) == [linear.out_features, linear.in_features]
+    )
 
 
 def _tensors(module: nn.Module) -> Sequence[Tensor]:

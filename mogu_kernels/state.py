@@ -41,7 +41,7 @@ class RoutingState:
 
     def record(self, name: str, gates: Tensor, hidden_states: Tensor) -> None:
         """Note the gates [M, E] of one pass of a module."""
-        if self.log is not None:
+        if self.log is not None and name:  # unnamed: outside the model that is being recorded
             shape = hidden_states.shape[:-1]
             self.log.setdefault(name, []).append(gates.view(*shape, gates.shape[-1]))
 
@@ -86,6 +86,8 @@ def routing(model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
     state = _state(model)
     if isinstance(enabled, Tensor) and enabled.dtype != torch.bool:
         raise TypeError(f"the routing mask is {enabled.dtype}: take a bool mask, one per sequence")
+    if isinstance(enabled, Tensor) and enabled.ndim != 1:
+        raise ValueError(f"the routing mask is {list(enabled.shape)}: take one entry per sequence")
     before = state.enabled, state.sequences
     if isinstance(enabled, Tensor):
         state.enabled, state.sequences = True, enabled
@@ -111,12 +113,19 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     state = _state(model)
     if state.log is not None:
         raise ValueError("gates are being recorded already: close that context first")
-    for name, module in routed_modules(model).items():
-        module._log_name = name
+    modules = routed_modules(model)
+    for name, module in modules.items():
+        module._log_name = name or type(module).__name__
     gates: dict[str, Tensor] = {}
     state.log = {}
     try:
         yield gates
     finally:
-        gates |= {name: torch.cat(passes, dim=-2) for name, passes in state.log.items()}
-        state.log = None
+        log, state.log = state.log, None
+        for module in modules.values():
+            module._log_name = ""
+    for name, passes in log.items():
+        if len({len(p) for p in passes}) > 1 or passes[0].ndim < 2:
+            shapes = ", ".join(str(list(p.shape)) for p in passes)
+            raise ValueError(f"gates of {name} have no common batch ({shapes}): record them apart")
+        gates[name] = torch.cat(passes, dim=-2)

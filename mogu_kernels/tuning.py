@@ -1,8 +1,8 @@
 """Tile configurations: what a kernel is launched with, and how one is picked.
 
-A choice depends on the *bucket* that M falls in, never on M itself: a token's result must not
-depend on who shares its batch. Measured tables (`configs/DEVICE/DTYPE.json`, written by `make
-tune`) come first; where there is none, heuristic tiles and one warning.
+A choice depends on the *bucket* that M falls in, never on M itself: within a bucket a token's
+result does not depend on who shares its batch. Measured tables (`configs/DEVICE/DTYPE.json`,
+written by `make tune`) come first; where there is none, heuristic tiles and one warning.
 """
 
 import dataclasses

@@ -275,3 +275,54 @@ def test_a_swapped_decoder_layer_adds_no_launch_at_decode(monkeypatch):
             y = projection(x)
     assert trace.launches == 1
     torch.testing.assert_close(y, eager, rtol=1e-4, atol=1e-4)
+
+
+class Tripled(nn.Linear):
+    """A linear that does more than its weight says."""
+
+    def forward(self, hidden_states):
+        return 3 * super().forward(hidden_states)
+
+
+def hooked():
+    linear = nn.Linear(24, 40)
+    linear.register_forward_hook(lambda module, args, out: out + 1)
+    return linear
+
+
+@pytest.mark.parametrize("make", [lambda: Tripled(24, 40), hooked])
+def test_a_linear_that_does_more_is_called_not_fused(make):
+    module = trained(mk.MoGULinear.from_linear(make(), rank=3))
+    x = torch.randn(5, 24)
+    assert not module.is_fused
+    torch.testing.assert_close(module(x).double(), expected(module, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_foreign_base_takes_part_in_autocast():
+    module = trained(mk.MoGULinear.from_linear(Foreign(), rank=3))
+    x = torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    torch.testing.assert_close(y.double(), expected(module, x), rtol=0.05, atol=0.5)
+
+
+def test_a_foreign_base_follows_parameters_that_are_replaced():
+    module = mk.MoGULinear.from_linear(Tripled(24, 40), rank=3)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items()}
+    module.load_state_dict(zeros, assign=True)
+    assert not module(torch.randn(5, 24)).any()
+
+
+def test_gated_mlps_with_a_bias_on_one_side_stay_apart():
+    one, other = mk.MoGULinear(24, 40), mk.MoGULinear(24, 40, bias=False)
+    with pytest.raises(ValueError, match="do not go together"):
+        mk.MoGUGatedMLP(one, other, nn.Identity())
+
+
+@pytest.mark.parametrize("make", [quantised, Foreign])
+def test_a_foreign_base_compiles_whole(make):
+    module = trained(mk.MoGULinear.from_linear(make(), rank=3)).requires_grad_(False)
+    x = torch.randn(5, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))

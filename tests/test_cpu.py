@@ -195,3 +195,15 @@ def test_what_it_does_not_take_is_named():
         cpu.mogu_linear(**projection.operands(), return_gates=False, isa="sse9")
     with pytest.raises(TypeError, match="3 arguments, not"):
         cpu._cpu.run("portable", (0, 0, 0))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_gates_are_fp32_whatever_the_default_dtype_is(default):
+    projection = cases.projection("m17-n136-k72-e2-r8-softmax", "bf16")
+    torch.set_default_dtype(default)
+    try:
+        y, gates = run(projection, cpu.instruction_sets()[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert gates.dtype == torch.float32
+    oracle.assert_matches(actual=y, projection=projection, gates=gates)

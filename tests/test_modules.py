@@ -255,3 +255,36 @@ def test_gates_cannot_be_recorded_twice_at_once():
         mk.record_gates(module),
     ):
         pass
+
+
+def test_recording_ends_even_where_the_passes_do_not_fit_together():
+    module = routed()
+
+    def two_batches():
+        with mk.record_gates(module):
+            module(torch.randn(2, 3, 24))
+            module(torch.randn(3, 3, 24))
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no common batch \(\[2, 3, 2\], \[3, 3, 2\]\)"):
+            two_batches()
+    assert module.routing.log is None
+
+
+def test_a_module_made_on_the_meta_device_can_be_given_memory():
+    module = mk.MoGULinear(24, 40, device="meta")
+    assert module(torch.empty(2, 24, device="meta")).is_meta
+    assert module.to_empty(device="cpu").gate_weight.device.type == "cpu"
+
+
+def test_a_routing_mask_of_another_shape_is_named():
+    with pytest.raises(ValueError, match=r"\[2, 3\]: take one entry per sequence"):
+        mk.routing(routed(), torch.ones(2, 3).bool()).__enter__()
+
+
+def test_gates_of_one_part_of_a_model_can_be_recorded():
+    model = nn.Sequential(routed(), nn.Linear(40, 24), routed())
+    model[2].routing = model[0].routing
+    with mk.record_gates(model[2]) as gates:
+        model(torch.randn(2, 5, 24))
+    assert {name: gate.shape for name, gate in gates.items()} == {"MoGULinear": (2, 5, 2)}

@@ -1,6 +1,7 @@
 """`torch.library` ops: check the arguments, choose a backend, launch.
 
-    CPU          the C++ kernels where they were built and take the dtype, else eager
+    CPU          the C++ kernels where they were built, have the op (mogu_linear, gated_mlp) and
+                 take the dtype, else eager
     CUDA, ROCm   the Triton kernels
 
 `backend=` forces one. Gradients are computed by `eager` on every device.

@@ -27,9 +27,9 @@ def choose(backend: str, x: Tensor, built: bool = True) -> str:
     `built`: whether the C++ backend has the op.
     """
     if backend != "auto":
-        return backend
+        return backend if built or backend != "cpu" else "eager"
     if x.device.type != "cpu":
-        return "triton"
+        return "triton" if x.dtype in checks.HALF_AND_SINGLE else "eager"
     return "cpu" if built and checks.runs_on_cpp(x) else "eager"
 
 
@@ -57,15 +57,23 @@ def needs_grad(*operands: Any) -> bool:
 
 def autocast(device: str, tensors: Iterable[Tensor | None]) -> list[Any]:
     """The operands in autocast's dtype where it is on; routers stay wide, so they are not here."""
-    if not torch.is_autocast_enabled(device):
+    if not _autocasting(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return [
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in tensors
+    ]
 
 
 def outside_autocast(function: Callable, device: str, *operands: Any) -> Any:
     """Call `function` where autocast cannot narrow what it keeps wide."""
-    if not torch.is_autocast_enabled(device):
+    if not _autocasting(device):
         return function(*operands)
     with torch.autocast(device, enabled=False):
         return function(*operands)
+
+
+def _autocasting(device: str) -> bool:
+    """Whether autocast is on; never for devices that do not know it, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

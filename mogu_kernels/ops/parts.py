@@ -167,7 +167,8 @@ def gated_expand_(
     checks.check_backend(backend, y)
     args = (y, shrunk, total, lora_B, bias)
     if library.needs_grad(*args):
-        return y.copy_(eager.gated_expand(y.clone(), *args[1:]))
+        wide = (y.clone(), *args[1:])
+        return y.copy_(library.outside_autocast(eager.gated_expand, y.device.type, *wide))
     torch.ops.mogu.gated_expand_(*args, backend)
     return y
 
@@ -224,7 +225,8 @@ def _gated_linear(x, weight, bias, shrunk, total, lora_B, backend, config):
 
 def _gated_expand_(y, shrunk, total, lora_B, bias, backend):
     if library.choose(backend, y, built=False) != "triton":
-        y.copy_(eager.gated_expand(y, shrunk, total, lora_B, bias))
+        operands = (y, shrunk, total, lora_B, bias)
+        y.copy_(library.outside_autocast(eager.gated_expand, y.device.type, *operands))
         return
     from mogu_kernels import launch
 
