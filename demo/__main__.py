@@ -14,6 +14,7 @@ from demo import systems
 from demo.launches import launches_per_projection
 from demo.memory import peak_megabytes
 from demo.smollm2 import NAME, load_smollm2
+from mogu_kernels import cpu
 
 PROMPTS = ("How do I bake bread?", "Why is the sky blue?", "Name three uses of a paper clip.")
 NEW_TOKENS = 32
@@ -66,9 +67,10 @@ def main() -> None:
     row("launches per o_proj: decode", [launches[name][0] for name in built])
     row("launches per o_proj: prefill", [launches[name][1] for name in built])
     console.print(table)
+    form = "C++ kernels" if cpu.instruction_sets() else "plain PyTorch"
     console.print(
         "Launches are counted: PyTorch operations for base and published, Triton kernels for ours. "
-        "The times are this CPU's, where ours runs as plain PyTorch; no GPU has been timed."
+        f"The times are this CPU's, where ours runs as {form}; no GPU has been timed."
     )
     for prompt, ids, tokens in zip(PROMPTS, encoded, answers["ours"], strict=True):
         text = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)

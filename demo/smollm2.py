@@ -7,6 +7,7 @@ deleted; later runs load the folder in well under a second.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -35,10 +36,10 @@ def cache_folder() -> Path:
 
 def load_smollm2(dtype: torch.dtype = torch.float32):
     """(model in eval mode, tokenizer), from the cache, which is filled first if need be."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = ensure_smollm2()
     with _no_bars():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
@@ -153,15 +154,17 @@ def _read_gguf(path: Path):
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
     """Ours is the only progress bar."""
-    from transformers.utils import logging
+    for name in ("torchao", "torch.utils._pytree"):  # GPU libraries that a CPU does not have
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as bars
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 def _check(path: Path, expected: str, remedy: str) -> None:
