@@ -69,7 +69,7 @@ sanitize: setup  ## the CPU backend's tests under the address and undefined-beha
 
 setup: .setup-done
 
-.setup-done: pyproject.toml constraints.txt
+.setup-done: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'

@@ -15,7 +15,8 @@ try:
 except ImportError:  # installed without a compiler: `eager` serves
     _cpu: Any = None
 
-# tokens up to which reading the weight once is the faster form; `python -m bench.cpu` measures it
+# tokens up to which reading the weight once is the faster form: where the two crossed, timed with 0
+# and 100 here on the machine of bench/results/cpu.md; fp16, not timed, follows fp32
 MOST_TILED = {torch.float32: 16, torch.float16: 16, torch.bfloat16: 8}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
