@@ -6,7 +6,7 @@ import sys
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-HEADERS = ["entry", "gemm", "kernels", "mogu", "run", "standard", "vectors"]
+HEADERS = ["gemm", "kernels", "mogu", "parts", "run", "standard", "tensors", "vectors"]
 SOURCES = ["module", "portable", "avx2", "avx512", "avx512bf16"]
 
 

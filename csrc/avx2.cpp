@@ -15,11 +15,11 @@ namespace mogu::avx2 {
 #include "vectors.h"
 #include "kernels.h"
 #include "gemm.h"
+#include "parts.h"
 #include "run.h"
 }
 
-#include "entry.h"
-MOGU_ENTRY(avx2)
+const mogu::Kernels mogu::avx2_kernels = mogu::avx2::kernels;
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -15,11 +15,11 @@ namespace mogu::avx512 {
 #include "vectors.h"
 #include "kernels.h"
 #include "gemm.h"
+#include "parts.h"
 #include "run.h"
 }
 
-#include "entry.h"
-MOGU_ENTRY(avx512)
+const mogu::Kernels mogu::avx512_kernels = mogu::avx512::kernels;
 
 #if defined(__clang__)
 #pragma clang attribute pop

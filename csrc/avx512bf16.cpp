@@ -15,11 +15,11 @@ namespace mogu::avx512bf16 {
 #include "vectors.h"
 #include "kernels.h"
 #include "gemm.h"
+#include "parts.h"
 #include "run.h"
 }
 
-#include "entry.h"
-MOGU_ENTRY(avx512bf16)
+const mogu::Kernels mogu::avx512bf16_kernels = mogu::avx512bf16::kernels;
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -136,16 +136,16 @@ static inline void finish(const Call& call, const Projection& p, const Shared<T>
   }
 }
 
-// Row c of B holds rank column c of PANEL rows of lora_B.
-template <class T>
-static void take_expansion(const Call& call, const Projection& p, int64_t n, Vector* B) {
+// Row c of B holds rank column c of PANEL rows of lora_B; `sizes` has N, E, rank, `from` lora_B.
+template <class T, class Sizes, class From>
+static void take_expansion(const Sizes& sizes, const From& from, int64_t n, Vector* B) {
   float* to = reinterpret_cast<float*>(B);
-  for (int64_t e = 0; e < call.E; ++e)
-    for (int64_t j = 0; j < call.rank; ++j)
+  for (int64_t e = 0; e < sizes.E; ++e)
+    for (int64_t j = 0; j < sizes.rank; ++j)
       for (int i = 0; i < PANEL; ++i) {
-        int64_t row = smaller(n + i, call.N - 1);
-        to[(e * call.rank + j) * PANEL + i] = widen(static_cast<const T*>(
-            p.lora_B)[e * p.lora_B_e + row * p.lora_B_n + j * p.lora_B_r]);
+        int64_t row = smaller(n + i, sizes.N - 1);
+        to[(e * sizes.rank + j) * PANEL + i] = widen(static_cast<const T*>(
+            from.lora_B)[e * from.lora_B_e + row * from.lora_B_n + j * from.lora_B_r]);
       }
 }
 
@@ -204,15 +204,35 @@ static void lay_side_by_side(const float* from, int64_t stride, int64_t count, i
     }
 }
 
-// Tokens m to m + count: shrunk, gated and laid side by side.
-template <class T, int COUNT>
-static void own_tile(const Call& call, const Narrow<T>& narrow, int64_t m, Shared<T>& shared) {
-  using Token = typename Column<T>::Token;
-  int64_t count = smaller(COUNT, call.M - m);
+// Tokens m to m + count of a call as a call of their own.
+template <class T>
+static Call part_of(const Call& call, int64_t m, int64_t count) {
   Call part = call;
   part.x = static_cast<const T*>(call.x) + m * call.x_m;
   part.M = count;
   if (call.routed) part.routed += m * call.routed_m;
+  for (Projection& p : part.projections)
+    if (p.gates) p.gates += m * call.E;
+  return part;
+}
+
+// The shrink and the gates of all tokens of a part, projection j.
+template <class T>
+static void shrink_part(const Call& part, const Narrow<T>& narrow, const Tokens& tokens, int j,
+                        Gated& gated) {
+  Buffer<float> h((narrow.experts + part.E) * part.M);
+  narrow_dots<4>(narrow.shrink_of(j), narrow.experts, tokens, part.M, part.K, h.data);
+  narrow_dots<4>(narrow.routers_of(j), part.E, tokens, part.M, part.K,
+                 h.data + narrow.experts * part.M);
+  gate(part, part.projections[j], h.data, part.projections[j].gates, gated);
+}
+
+// Tokens m to m + COUNT: shrunk, gated and laid side by side.
+template <class T, int COUNT>
+static void own_tile(const Call& call, const Narrow<T>& narrow, int64_t m, Shared<T>& shared) {
+  using Token = typename Column<T>::Token;
+  int64_t count = smaller(COUNT, call.M - m);
+  Call part = part_of<T>(call, m, count);
   Tokens tokens;
   take_tokens<T>(part, tokens);
   const float* from;  // pairs of bf16 travel as the 32 bits of a float
@@ -224,14 +244,8 @@ static void own_tile(const Call& call, const Narrow<T>& narrow, int64_t m, Share
   lay_side_by_side<COUNT>(from, stride, count, shared.steps,
                           reinterpret_cast<float*>(shared.tokens.data) + m * shared.steps);
   for (int j = 0; j < narrow.projections; ++j) {
-    Projection& p = part.projections[j];
-    if (p.gates) p.gates += m * call.E;
-    Buffer<float> h((narrow.experts + call.E) * count);
-    narrow_dots<4>(narrow.shrink_of(j), narrow.experts, tokens, count, call.K, h.data);
-    narrow_dots<4>(narrow.routers_of(j), call.E, tokens, count, call.K,
-                   h.data + narrow.experts * count);
     Gated gated;
-    gate(part, p, h.data, p.gates, gated);
+    shrink_part(part, narrow, tokens, j, gated);
     Gated& all = shared.gated[j];
     std::memcpy(all.total.data + m, gated.total.data, count * sizeof(float));
     std::memcpy(all.shrunk.data + m * all.ranks, gated.shrunk.data,
@@ -240,7 +254,7 @@ static void own_tile(const Call& call, const Narrow<T>& narrow, int64_t m, Share
 }
 
 template <class T, int COUNT>
-static void run_by_tiles_of(const Call& call) {
+static bool run_by_tiles_of(const Call& call) {
   Narrow<T> narrow(call);
   Shared<T> shared;
   int64_t tiles = (call.M + COUNT - 1) / COUNT, panels = (call.N + PANEL - 1) / PANEL;
@@ -252,25 +266,30 @@ static void run_by_tiles_of(const Call& call) {
     gated.total = Buffer<float>(call.M);
     gated.shrunk = Buffer<float>(call.M * gated.ranks);
   }
+  bool failed = false;
 #pragma omp parallel num_threads(call.threads)
   {
     int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int64_t i = tiles * me / threads; i < tiles * (me + 1) / threads; ++i)
-      own_tile<T, COUNT>(call, narrow, i * COUNT, shared);
+    attempt(failed, [&] {
+      for (int64_t i = tiles * me / threads; i < tiles * (me + 1) / threads; ++i)
+        own_tile<T, COUNT>(call, narrow, i * COUNT, shared);
+    });
 #pragma omp barrier
-    own_panels<T, COUNT>(call, shared, panels * me / threads * PANEL,
-                         smaller(panels * (me + 1) / threads * PANEL, call.N));
+    if (!__atomic_load_n(&failed, __ATOMIC_RELAXED))
+      attempt(failed, [&] {
+        own_panels<T, COUNT>(call, shared, panels * me / threads * PANEL,
+                             smaller(panels * (me + 1) / threads * PANEL, call.N));
+      });
   }
+  return !failed;
 }
 
 template <class T>
-static void run_blocked(const Call& call) {
+static bool run_blocked(const Call& call) {
   constexpr int NARROW_TILE = WIDE_TILE * 2 / 3;
   int64_t wide = (call.M + WIDE_TILE - 1) / WIDE_TILE * WIDE_TILE;
   int64_t narrow = (call.M + NARROW_TILE - 1) / NARROW_TILE * NARROW_TILE;
   // a narrow tile is slower per token, so it must save a sixth of them
-  if (narrow * 7 <= wide * 6)
-    run_by_tiles_of<T, NARROW_TILE>(call);
-  else
-    run_by_tiles_of<T, WIDE_TILE>(call);
+  if (narrow * 7 <= wide * 6) return run_by_tiles_of<T, NARROW_TILE>(call);
+  return run_by_tiles_of<T, WIDE_TILE>(call);
 }

@@ -269,32 +269,46 @@ struct Narrow {
   const float* const* routers_of(int j) const { return routers.data + j * E; }
 };
 
+// This thread's share of the rows of lora_A and of the routers, with every token:
+// h[projection][row, m].
 template <int ROWS, class T>
-static void run_tiled(const Call& call) {
+static void own_shrink(const Call& call, const Narrow<T>& narrow, const Tokens& tokens,
+                       int64_t me, int64_t threads, float* h) {
+  int64_t experts = narrow.experts;
+  for (int j = 0; j < narrow.projections; ++j, h += (experts + call.E) * call.M) {
+    int64_t first = experts * me / threads, last = experts * (me + 1) / threads;
+    narrow_dots<ROWS>(narrow.shrink_of(j) + first, last - first, tokens, call.M, call.K,
+                      h + first * call.M);
+    if (me == threads - 1)
+      narrow_dots<ROWS>(narrow.routers_of(j), call.E, tokens, call.M, call.K, h + experts * call.M);
+  }
+}
+
+template <int ROWS, class T>
+static bool run_tiled(const Call& call) {
   Narrow<T> narrow(call);
-  int64_t experts = narrow.experts, per_projection = (experts + call.E) * call.M;
+  int64_t per_projection = (narrow.experts + call.E) * call.M;
   Buffer<float> h(narrow.projections * per_projection);
+  bool failed = false;
 #pragma omp parallel num_threads(call.threads)
   {
     int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     Tokens tokens;
-    take_tokens<T>(call, tokens);
-    for (int j = 0; j < narrow.projections; ++j) {
-      float* all = h.data + j * per_projection;
-      int64_t first = experts * me / threads, last = experts * (me + 1) / threads;
-      narrow_dots<ROWS>(narrow.shrink_of(j) + first, last - first, tokens, call.M, call.K,
-                        all + first * call.M);
-      if (me == threads - 1)
-        narrow_dots<ROWS>(narrow.routers_of(j), call.E, tokens, call.M, call.K,
-                          all + experts * call.M);
-    }
+    attempt(failed, [&] {
+      take_tokens<T>(call, tokens);
+      own_shrink<ROWS>(call, narrow, tokens, me, threads, h.data);
+    });
 #pragma omp barrier
-    Gated gated[2];
-    for (int j = 0; j < narrow.projections; ++j)
-      gate(call, call.projections[j], h.data + j * per_projection,
-           me == 0 && call.projections[j].gates, gated[j]);
-    int64_t tiles = (call.N + ROWS - 1) / ROWS;
-    own_rows<ROWS, T>(call, tokens, gated, tiles * me / threads * ROWS,
-                      smaller(tiles * (me + 1) / threads * ROWS, call.N));
+    if (!__atomic_load_n(&failed, __ATOMIC_RELAXED))
+      attempt(failed, [&] {
+        Gated gated[2];
+        for (int j = 0; j < narrow.projections; ++j)
+          gate(call, call.projections[j], h.data + j * per_projection,
+               me == 0 && call.projections[j].gates, gated[j]);
+        int64_t tiles = (call.N + ROWS - 1) / ROWS;
+        own_rows<ROWS, T>(call, tokens, gated, tiles * me / threads * ROWS,
+                          smaller(tiles * (me + 1) / threads * ROWS, call.N));
+      });
   }
+  return !failed;
 }

@@ -25,7 +25,9 @@ struct Projection {
   int64_t gate_weight_e;
   const float* gate_bias;  // [E]
   int64_t gate_bias_e;
-  float* gates;  // [M, E]
+  float* gates;  // [M, E] or null
+  void* shrunk;  // [M, E * rank], for shrink alone
+  float* total;  // [M], for shrink alone
 };
 
 // y = projection(x), or activation(projections[0](x)) * projections[1](x).
@@ -44,14 +46,32 @@ struct Call {
   Projection projections[2];
 };
 
-using Run = void (*)(const Call&, Dtype);
+// y = total[:, None] * (y + bias) + shrunk @ lora_B^T, in place.
+struct Expansion {
+  void* y;  // [M, N]
+  int64_t y_m;
+  const void* shrunk;  // [M, E * rank]
+  int64_t shrunk_m;
+  const float* total;  // [M]
+  int64_t total_m;
+  const void* lora_B;  // [E, N, rank]
+  int64_t lora_B_e, lora_B_n, lora_B_r;
+  const void* bias;  // [N] or null
+  int64_t bias_n;
+  int64_t M, N, E, rank, threads;
+};
+
+// False: out of memory, and the outputs hold anything.
+struct Kernels {
+  bool (*project)(const Call&, Dtype);
+  bool (*shrink)(const Call&, Dtype);  // reads no weight, writes shrunk, total and gates
+  bool (*expand)(const Expansion&, Dtype);
+};
 
 // One build of the same code per instruction set.
-void run_portable(const Call&, Dtype);
+extern const Kernels portable_kernels;
 #if defined(__x86_64__)
-void run_avx2(const Call&, Dtype);
-void run_avx512(const Call&, Dtype);
-void run_avx512bf16(const Call&, Dtype);
+extern const Kernels avx2_kernels, avx512_kernels, avx512bf16_kernels;
 #endif
 
 }  // namespace mogu

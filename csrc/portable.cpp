@@ -6,8 +6,8 @@ namespace mogu::portable {
 #include "vectors.h"
 #include "kernels.h"
 #include "gemm.h"
+#include "parts.h"
 #include "run.h"
 }
 
-#include "entry.h"
-MOGU_ENTRY(portable)
+const mogu::Kernels mogu::portable_kernels = mogu::portable::kernels;

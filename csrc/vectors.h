@@ -5,8 +5,21 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 
-// An array of zeros, aligned for any vector. The standard library's containers and functions stay out of the code
-// that is built several times: the linker keeps one copy of theirs, for whichever processor.
+struct OutOfMemory {};
+
+// Runs a part of a parallel region; what it throws becomes a flag, since it cannot cross OpenMP.
+template <class Part>
+static inline void attempt(bool& failed, Part part) {
+  try {
+    part();
+  } catch (OutOfMemory) {
+    __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+  }
+}
+
+// An array of zeros, aligned for any vector. The standard library's containers and functions stay
+// out of the code that is built several times: the linker keeps one copy of theirs, for whichever
+// processor.
 template <class T>
 struct Buffer {
   T* data = nullptr;
@@ -14,6 +27,7 @@ struct Buffer {
   explicit Buffer(int64_t size) {
     size_t bytes = (size * sizeof(T) + 64) / 64 * 64;
     data = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (!data) throw OutOfMemory();
     std::memset(static_cast<void*>(data), 0, bytes);
   }
   Buffer(Buffer&& other) noexcept : data(other.data) { other.data = nullptr; }

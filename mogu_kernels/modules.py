@@ -183,19 +183,24 @@ class MoGULinear(nn.Linear):
             shrunk, total, gates = self.shared_input.take(self, hidden_states, x, routed)
             y = ops.gated_linear(x, self.weight, self.bias, shrunk, total, self.lora_B)
         else:
-            y, gates = ops.mogu_linear(
+            recording = self.routing.log is not None
+            weight, bias, lora_A, lora_B = _parameters(self, "weight", "bias", "lora_A", "lora_B")
+            gate_weight, gate_bias = self.router_operands(x)
+            out: Any = ops.mogu_linear(
                 x,
-                self.weight,
-                self.bias,
-                self.lora_A,
-                self.lora_B,
-                *self.router_operands(x),
+                weight,
+                bias,
+                lora_A,
+                lora_B,
+                gate_weight,
+                gate_bias,
                 scaling=self.scaling,
                 gate=self.gate,
                 routed=routed,
-                return_gates=True,
+                return_gates=recording,
             )
-        if self.routing.log is not None:
+            y, gates = out if recording else (out, None)
+        if gates is not None:
             self.routing.record(self._log_name, gates, hidden_states)
         return y.view(*hidden_states.shape[:-1], self.out_features)
 
@@ -217,7 +222,7 @@ class MoGULinear(nn.Linear):
     def router_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """gate_weight and gate_bias, folded, as the kernel for x reads them."""
         if self.router is None:
-            gate_weight, gate_bias = self.gate_weight, self.gate_bias
+            gate_weight, gate_bias = _parameters(self, *_GATE_PARAMETERS)
         else:
             gate_weight, gate_bias = self.router.fold(self._gate_dtype())
         if x.device.type == "cpu" or x.dtype == torch.float32:
@@ -384,24 +389,29 @@ class MoGUGatedMLP(nn.Module):
             gated = self.act_fn(self.gate_proj(hidden_states))
             return self.down_proj(gated * self.up_proj(hidden_states))
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routers = [module.router_operands(x) for module in pair]
-        y, gates = ops.gated_mlp(
+        weight, bias, lora_A, lora_B = zip(
+            *(_parameters(module, "weight", "bias", "lora_A", "lora_B") for module in pair),
+            strict=True,
+        )
+        gate_weight, gate_bias = zip(*(module.router_operands(x) for module in pair), strict=True)
+        recording = any(module.routing.log is not None for module in pair)
+        out: Any = ops.gated_mlp(
             x,
-            [module.weight for module in pair],
-            None if pair[0].bias is None else [module.bias for module in pair],
-            [module.lora_A for module in pair],
-            [module.lora_B for module in pair],
-            [gate_weight for gate_weight, _ in routers],
-            [gate_bias for _, gate_bias in routers],
+            weight,
+            None if bias[0] is None else bias,
+            lora_A,
+            lora_B,
+            gate_weight,
+            gate_bias,
             scaling=pair[0].scaling,
             activation=self.activation,
             gate=pair[0].gate,
             routed=pair[0].routing.tokens(hidden_states),
-            return_gates=True,
+            return_gates=recording,
         )
-        for module, own in zip(pair, gates, strict=True):
-            if module.routing.log is not None:
-                module.routing.record(module._log_name, own, hidden_states)
+        y, gates = out if recording else (out, ())
+        for module, own in zip(pair, gates, strict=False):
+            module.routing.record(module._log_name, own, hidden_states)
         return self.down_proj(y.view(*hidden_states.shape[:-1], y.shape[-1]))
 
     def extra_repr(self) -> str:
@@ -432,6 +442,12 @@ def _is_plain(linear: nn.Module) -> bool:
         and weight.dtype in _DTYPES
         and list(weight.shape) == [linear.out_features, linear.in_features]
     )
+
+
+def _parameters(module: nn.Module, *names: str) -> Any:
+    """Parameters by name, looked up where `nn.Module` keeps them: its own way takes 0.6 us each."""
+    kept = module._parameters
+    return [kept[name] if name in kept else getattr(module, name) for name in names]
 
 
 def _tensors(module: nn.Module) -> Sequence[Tensor]:

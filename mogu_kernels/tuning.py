@@ -2,7 +2,8 @@
 
 A choice depends on the *bucket* that M falls in, never on M itself: within a bucket a token's
 result does not depend on who shares its batch. Measured tables (`configs/DEVICE/DTYPE.json`,
-written by `make tune`) come first; where there is none, heuristic tiles and one warning.
+written by `make tune`) come first; where there is none, heuristic tiles and one warning. A CPU's
+table (`configs/ISA/DTYPE.json`, `make tune-cpu`) says where its two forms cross.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 M_BUCKETS = (16, 64, 128, 512, 4096)
 WIDEST_FUSED_RANK = 128  # rank columns of all experts that the one-launch kernel keeps in registers
+MOST_TILED = 8  # tokens, where `most_tiled` finds no measured change-over
 TARGETS = ("ampere", "hopper", "blackwell", "cdna")  # sm_80, sm_90, sm_100, gfx942 and their kin
 TABLES = Path(__file__).parent / "configs"
 
@@ -221,6 +223,18 @@ def _table(device: str, dtype: str) -> dict[str, dict[str, str]]:
         stacklevel=2,
     )
     return {}
+
+
+@functools.cache
+def most_tiled(isa: str, dtype: Dtype) -> int:
+    """Tokens up to which the C++ backend reads the weight once; more go through its blocked GEMM.
+
+    Args:
+        isa: an instruction set of `cpu.instruction_sets()`, measured by `make tune-cpu` or not.
+        dtype: of the operands.
+    """
+    path = table_path(isa, dtype)
+    return json.loads(path.read_text())["most_tiled"] if path.is_file() else MOST_TILED
 
 
 def table_path(device: str, dtype: str) -> Path:

@@ -242,3 +242,30 @@ def integers(
         gate=gate,
         routed=torch.rand(M, generator=g) < 0.6 if routed else None,
     )
+
+
+def assert_expanded(
+    *, actual: Tensor, base: Tensor, shrunk: Tensor, total: Tensor, lora_B: Tensor, bias
+) -> None:
+    """`gated_expand_` of `base`, rounded once."""
+    E, N, rank = lora_B.shape
+    B = lora_B.double().transpose(1, 2).reshape(E * rank, N)
+    wide = base.double() + (0 if bias is None else bias.double())
+    ref = total.double()[:, None] * wide + shrunk.double() @ B
+    summed = total.double()[:, None] * wide.abs() + shrunk.double().abs() @ B.abs()
+    allowed = UNIT[actual.dtype] * ref.abs() + 4 * (E * rank + 2) * EPSILON * summed
+    assert ((actual.double() - ref).abs() <= allowed).all()
+
+
+def assert_shrunk(*, shrunk: Tensor, total: Tensor, gates: Tensor, projection: Projection) -> None:
+    """`shrink_gate`: gates to 2e-5, s * gate * (x A^T) rounded once."""
+    all_gates, (wide_total, wide_gates) = true_gates(projection), effective_gates(projection)
+    torch.testing.assert_close(gates.double(), all_gates, rtol=0, atol=2e-5)
+    torch.testing.assert_close(total.double(), wide_total, rtol=0, atol=2e-5 * len(gates[0]))
+    p = projection.double()
+    scaled = torch.stack([s * wide_gates[:, e] for e, s in enumerate(p.scaling)], 1)[:, :, None]
+    ref = scaled * torch.einsum("mk,erk->mer", p.x, p.lora_A)
+    summed = scaled.abs() * torch.einsum("mk,erk->mer", p.x.abs(), p.lora_A.abs())
+    slack = 4 * p.x.shape[1] ** 0.5 * EPSILON + 4e-5
+    allowed = UNIT[shrunk.dtype] * ref.abs() + slack * summed + 1e-7
+    assert ((shrunk.double() - ref.flatten(1)).abs() <= allowed.flatten(1)).all()

@@ -1,5 +1,8 @@
 """The C++ backend against fp64, on every instruction set that this processor has."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -36,21 +39,15 @@ def shapes(monkeypatch):
         monkeypatch.setitem(cases.SHAPES, name, sizes)
 
 
-@pytest.fixture
-def form(request, monkeypatch):
-    """Few tokens or many, whatever M is."""
-    most = 10**6 if request.param == "tiled" else 0
-    monkeypatch.setattr(cpu, "MOST_TILED", dict.fromkeys(cpu.MOST_TILED, most))
+FORMS = {"tiled": 10**6, "blocked": 0}  # few tokens or many, whatever M is
+both_forms = pytest.mark.parametrize("form", FORMS)
 
 
-both_forms = pytest.mark.parametrize("form", ["tiled", "blocked"], indirect=True)
-
-
-def run(projection, isa, **kwargs):
+def run(projection, isa, form):
     if isa not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {isa}")
-    kwargs = {"return_gates": True} | kwargs
-    return cpu.mogu_linear(**projection.operands(), isa=isa, **kwargs)
+    forced = {"isa": isa, "most": FORMS[form]}
+    return cpu.mogu_linear(**projection.operands(), return_gates=True, **forced)
 
 
 @all_sets
@@ -59,7 +56,7 @@ def run(projection, isa, **kwargs):
 @both_forms
 def test_random_operands_match_fp64_within_three_gates(shape, dtype, isa, form):
     projection = cases.projection(shape, dtype)
-    y, gates = run(projection, isa)
+    y, gates = run(projection, isa, form)
     oracle.assert_matches(actual=y, projection=projection, gates=gates)
 
 
@@ -69,7 +66,7 @@ def test_random_operands_match_fp64_within_three_gates(shape, dtype, isa, form):
 @both_forms
 def test_integers_are_bitwise_exact(shape, dtype, isa, form):
     projection = cases.projection(shape, dtype, make=oracle.integers)
-    y, _ = run(projection, isa)
+    y, _ = run(projection, isa, form)
     oracle.assert_exact(actual=y, projection=projection)
 
 
@@ -78,9 +75,9 @@ def test_integers_are_bitwise_exact(shape, dtype, isa, form):
 @both_forms
 def test_operands_between_red_zones_and_at_odd_addresses_give_the_same_bits(dtype, isa, form):
     projection = cases.projection("m33-n40-k129-e3-r5-routed", dtype)
-    y, _ = run(projection, isa)
-    assert torch.equal(y, run(red_zones.guarded(projection), isa)[0])
-    assert torch.equal(y, run(red_zones.strided(projection), isa)[0])
+    y, _ = run(projection, isa, form)
+    assert torch.equal(y, run(red_zones.guarded(projection), isa, form)[0])
+    assert torch.equal(y, run(red_zones.strided(projection), isa, form)[0])
 
 
 @all_sets
@@ -104,6 +101,7 @@ def test_a_gated_mlp_matches_fp64(dtype, isa, form, activation):
             routed=p.routed,
             return_gates=True,
             isa=isa,
+            most=FORMS[form],
         )
         oracle.assert_mlp_matches(actual=y, gate_proj=p, up_proj=q, activation=activation)
         for own, projection in zip(gates, (p, q), strict=True):
@@ -111,16 +109,63 @@ def test_a_gated_mlp_matches_fp64(dtype, isa, form, activation):
             torch.testing.assert_close(own.double(), true, rtol=0, atol=2e-5)
 
 
+def shrink(projection, isa, form):
+    """Shrunk [M, E * r], total [M] and gates [M, E]."""
+    if isa not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {isa}")
+    p = projection
+    lists = ([p.lora_A], [p.gate_weight], [p.gate_bias])
+    out = cpu.shrink_gate(
+        p.x, *lists, p.scaling, p.gate, p.routed, isa=isa, most=FORMS[form]
+    )  # fmt: skip
+    return tuple(tensor[0] for tensor in out)
+
+
+@all_sets
+@all_dtypes
+@all_shapes
+@both_forms
+def test_shrink_and_gate_match_fp64(shape, dtype, isa, form):
+    projection = cases.projection(shape, dtype)
+    shrunk, total, gates = shrink(projection, isa, form)
+    oracle.assert_shrunk(shrunk=shrunk, total=total, gates=gates, projection=projection)
+    for change in (red_zones.guarded, red_zones.strided):
+        assert torch.equal(shrunk, shrink(change(projection), isa, form)[0])
+
+
+@all_sets
+@all_dtypes
+@all_shapes
+def test_gate_and_expand_in_place_match_fp64(shape, dtype, isa):
+    projection = cases.projection(shape, dtype)
+    shrunk, total, _ = shrink(projection, isa, "tiled")
+    base = projection.x @ projection.weight.T
+    wide = torch.full((base.shape[0], base.shape[1] + 5), float("nan"), dtype=base.dtype)
+    y = wide[:, 3:-2].copy_(base)  # rows that do not follow each other, at odd addresses
+    for strided in (False, True):
+        own = red_zones.strided(projection) if strided else projection
+        y.copy_(base)
+        cpu.gated_expand_(y, shrunk, total, own.lora_B, own.bias, isa=isa)
+        oracle.assert_expanded(
+            actual=y, base=base, shrunk=shrunk, total=total, lora_B=own.lora_B, bias=own.bias
+        )
+    assert wide[:, :3].isnan().all()
+    assert wide[:, -2:].isnan().all()
+    columns = base.T.contiguous().T  # no contiguous last axis: a copy goes back
+    cpu.gated_expand_(columns, shrunk, total, projection.lora_B, projection.bias, isa=isa)
+    assert torch.equal(columns, y)
+
+
 @all_dtypes
 @both_forms
 def test_unrouted_rows_are_the_plain_projection_to_the_bit(dtype, form):
     projection = cases.projection("m33-n40-k129-e3-r5-routed", dtype)
     isa = cpu.instruction_sets()[0]
-    y, _ = run(projection, isa)
+    y, _ = run(projection, isa, form)
     routed, plain = projection.routed, oracle.Projection(**projection.operands())
     plain.routed = torch.zeros_like(routed)
     plain.lora_A, plain.lora_B = plain.lora_A * 0, plain.lora_B * 0
-    unrouted, _ = run(plain, isa)
+    unrouted, _ = run(plain, isa, form)
     assert torch.equal(y[~routed], unrouted[~routed])
     assert not torch.equal(y[routed], unrouted[routed])
 
@@ -129,11 +174,11 @@ def test_unrouted_rows_are_the_plain_projection_to_the_bit(dtype, form):
 @both_forms
 def test_any_number_of_threads_gives_the_same_bits(threads, form):
     projection = cases.projection("m33-n40-k129-e3-r5-routed", "bf16")
-    y, _ = run(projection, cpu.instruction_sets()[0])
+    y, _ = run(projection, cpu.instruction_sets()[0], form)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(y, run(projection, cpu.instruction_sets()[0])[0])
+        assert torch.equal(y, run(projection, cpu.instruction_sets()[0], form)[0])
     finally:
         torch.set_num_threads(before)
 
@@ -143,9 +188,9 @@ def test_any_number_of_threads_gives_the_same_bits(threads, form):
 def test_nan_stays_in_its_row(dtype, form):
     projection = cases.projection("m17-n136-k72-e2-r8-softmax", dtype)
     isa = cpu.instruction_sets()[0]
-    clean, _ = run(projection, isa)
+    clean, _ = run(projection, isa, form)
     projection.x[3, 5] = float("nan")
-    dirty, _ = run(projection, isa)
+    dirty, _ = run(projection, isa, form)
     others = torch.arange(17) != 3
     assert dirty[3].isnan().all()
     assert torch.equal(dirty[others], clean[others])
@@ -163,7 +208,7 @@ def test_values_at_the_ends_of_the_range_are_rounded_as_pytorch_rounds(dtype, is
     projection = oracle.random(M=1, N=45, K=1, E=1, rank=1, dtype=dtype, bias=False)
     projection.x, projection.weight = torch.ones(1, 1, dtype=dtype), weight
     projection.routed = torch.zeros(1, dtype=torch.bool)
-    y, _ = run(projection, isa)
+    y, _ = run(projection, isa, form)
     tolerated = torch.finfo(dtype).smallest_normal  # pairs of bf16 flush what is below to zero
     close = (y[0].float() - weight[:, 0].float()).abs() <= tolerated
     assert (close | (y[0] == weight[:, 0])).all()
@@ -193,8 +238,8 @@ def test_what_it_does_not_take_is_named():
         ops.mogu_linear(**projection.double().operands(), backend="cpu")
     with pytest.raises(ValueError, match="isa='sse9': this processor does not have it"):
         cpu.mogu_linear(**projection.operands(), return_gates=False, isa="sse9")
-    with pytest.raises(TypeError, match="3 arguments, not"):
-        cpu._cpu.run("portable", (0, 0, 0))
+    with pytest.raises(ValueError, match="does not take these operands"):
+        cpu.mogu_linear(**projection.double().operands(), return_gates=False)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
@@ -202,8 +247,133 @@ def test_gates_are_fp32_whatever_the_default_dtype_is(default):
     projection = cases.projection("m17-n136-k72-e2-r8-softmax", "bf16")
     torch.set_default_dtype(default)
     try:
-        y, gates = run(projection, cpu.instruction_sets()[0])
+        y, gates = run(projection, cpu.instruction_sets()[0], "tiled")
     finally:
         torch.set_default_dtype(torch.float32)
     assert gates.dtype == torch.float32
     oracle.assert_matches(actual=y, projection=projection, gates=gates)
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """What the short way answered, call by call."""
+    answers, real = [], cpu.project
+
+    def project(*args, **kwargs):
+        answers.append(real(*args, **kwargs))
+        return answers[-1]
+
+    monkeypatch.setattr(cpu, "project", project)
+    return answers
+
+
+@torch.no_grad()
+def test_the_short_way_without_gradients_gives_the_bits_of_the_long_one(spied):
+    projection = cases.projection("m33-n40-k129-e3-r5-routed", "bf16")
+    y, gates = ops.mogu_linear(**projection.operands(), return_gates=True)
+    assert spied[0] is not None
+    assert spied[0][0] is y
+    long, all_gates = run(projection, cpu.instruction_sets()[0], "blocked")
+    assert torch.equal(y, long)
+    assert torch.equal(gates, all_gates)
+    alone = ops.mogu_linear(**projection.operands())
+    assert torch.equal(alone, y)
+    assert spied[-1][1] is None
+
+
+class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the ops that are dispatched."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", ()), str(function)]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_whoever_watches_ops_sees_this_one():
+    operands = cases.projection("m17-n136-k72-e2-r8-softmax", "f32").operands()
+    with Operators() as mode:
+        y = ops.mogu_linear(**operands)
+    assert "mogu.mogu_linear.default" in mode.names
+    with torch.profiler.profile() as profile:
+        ops.mogu_linear(**operands)
+    assert "mogu::mogu_linear" in {event.key for event in profile.key_averages()}
+    compiled = torch.compile(
+        lambda x: ops.mogu_linear(**operands | {"x": x}), backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(operands["x"]), y)
+    traced = torch.jit.trace(lambda x: ops.mogu_linear(**operands | {"x": x}), operands["x"])
+    assert torch.equal(
+        traced(operands["x"] * 2), ops.mogu_linear(**operands | {"x": operands["x"] * 2})
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.mogu_linear(**operands).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("x", lambda t: t[:, 1:]),
+        ("weight", lambda t: t[:, :-1]),
+        ("weight", lambda t: t[:-1]),
+        ("weight", lambda t: t.double()),
+        ("bias", lambda t: torch.ones(39)),
+        ("lora_A", lambda t: t[0]),
+        ("lora_B", lambda t: t[:, :, 1:]),
+        ("gate_weight", lambda t: t.half()),
+        ("gate_bias", lambda t: t[:1]),
+        ("gate", lambda t: "softmin"),
+        ("scaling", lambda t: [1.0]),
+        ("routed", lambda t: torch.ones(5, dtype=torch.bool)),
+        ("routed", lambda t: torch.ones(33)),
+    ],
+)
+def test_the_short_way_declines_what_the_checks_refuse(name, change, spied):
+    operands = cases.projection("m33-n40-k129-e3-r5-routed", "f32").operands()
+    operands[name] = change(operands[name])
+    with pytest.raises((ValueError, TypeError)):
+        ops.mogu_linear(**operands)
+    assert spied == [None]
+
+
+def test_tensors_that_are_more_than_tensors_go_the_long_way(spied):
+    class Named(torch.Tensor):
+        pass
+
+    operands = cases.projection("m17-n136-k72-e2-r8-softmax", "f32").operands()
+    with torch.no_grad():
+        expected = ops.mogu_linear(**operands)
+        operands["weight"] = operands["weight"].as_subclass(Named)
+        assert torch.equal(ops.mogu_linear(**operands).as_subclass(torch.Tensor), expected)
+    assert spied[1] is None
+
+
+def test_running_out_of_memory_is_an_error():
+    code = """
+import resource, torch
+from mogu_kernels import cpu, ops
+torch.set_num_threads(2)
+def call(M, K, most):
+    x = torch.ones(1, K).expand(M, K)
+    A, B = torch.ones(2, 1, K), torch.ones(2, 1, 1)
+    operands = (x, torch.ones(1, K), None, A, B, torch.ones(2, K), torch.ones(2))
+    return cpu.mogu_linear(*operands, [1.0, 1.0], "sigmoid", None, False, most=most)
+call(3, 9, 0)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
+for most in (0, 10**9):
+    try:
+        call(2**17, 2**12, most)
+    except MemoryError as error:
+        print(error)
+call(3, 9, 0)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        *["the CPU backend found no memory for its work space"] * 2,
+        "alive",
+    ]

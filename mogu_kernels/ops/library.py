@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogu_kernels import checks
+from mogu_kernels import checks, cpu
 from mogu_kernels.tuning import TileConfig
 
+_C: Any = torch._C  # its stubs know a part of it
 LIBRARY = torch.library.Library("mogu", "DEF")
 
 
@@ -21,16 +22,33 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"mogu::{name}", fake, lib=LIBRARY)
 
 
-def choose(backend: str, x: Tensor, built: bool = True) -> str:
-    """The backend that serves x: "eager", "cpu" or "triton"; a name was checked against x.
-
-    `built`: whether the C++ backend has the op.
-    """
+def choose(backend: str, x: Tensor) -> str:
+    """The backend that serves x: "eager", "cpu" or "triton"; a name was checked against x."""
     if backend != "auto":
-        return backend if built or backend != "cpu" else "eager"
+        return backend
     if x.device.type != "cpu":
         return "triton" if x.dtype in checks.HALF_AND_SINGLE else "eager"
-    return "cpu" if built and checks.runs_on_cpp(x) else "eager"
+    return "cpu" if checks.runs_on_cpp(x) else "eager"
+
+
+def is_direct(backend: str, x: Tensor) -> bool:
+    """Whether the C++ backend may be called at once: nobody is watching what ops are called.
+
+    That is most of decoding on a CPU, where checks and dispatch in Python take longer than the
+    kernel. The backend declines what does not fit, so that the long way names the error.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and choose(backend, x) == "cpu"
+        and bool(cpu.instruction_sets())
+        and not torch.is_autocast_enabled("cpu")
+        and not _C._len_torch_dispatch_stack()
+        and not _C._len_torch_function_stack()
+        and _C._functorch.peek_interpreter_stack() is None
+        and _C._get_tracing_state() is None
+        and not _C._autograd._profiler_enabled()
+    )
 
 
 def parse(config: str) -> TileConfig | None:

@@ -60,6 +60,11 @@ def mogu_linear(
 
     Source: MoGU, arXiv 2405.14488, section 3.2.
     """
+    if config is None and library.is_direct(backend, x):
+        own = (weight, bias, lora_A, lora_B, gate_weight, gate_bias)
+        done = cpu.project(x, (own,), None, scaling, gate, routed, return_gates)
+        if done is not None:
+            return (done[0], done[1][0]) if return_gates else done[0]
     x, weight, bias, lora_A, lora_B = library.autocast(
         x.device.type, (x, weight, bias, lora_A, lora_B)
     )

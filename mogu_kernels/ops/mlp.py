@@ -1,6 +1,7 @@
 """`gated_mlp`: two routed projections of the same hidden states and their gated product."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ def gated_mlp(
         TypeError: a dtype does not fit.
         ValueError: a shape, a device, a name or a number of experts does not fit.
     """
+    if config is None and library.is_direct(backend, x):
+        biases = (None, None) if bias is None else bias
+        lists = (weight, biases, lora_A, lora_B, gate_weight, gate_bias)
+        own: Any = tuple(zip(*lists, strict=False)) if {len(each) for each in lists} == {2} else ()
+        done = cpu.project(x, own, activation, scaling, gate, routed, return_gates)
+        if done is not None:
+            return done if return_gates else done[0]
     operands = {
         "weight": weight,
         "bias": () if bias is None else bias,

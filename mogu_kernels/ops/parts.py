@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogu_kernels import checks, eager
+from mogu_kernels import checks, cpu, eager
 from mogu_kernels.ops import library
 from mogu_kernels.tuning import TileConfig
 
@@ -46,7 +46,7 @@ def shrink_gate(
         gate: "sigmoid" (as published) or "softmax".
         routed: bool [M], or None for all.
         return_gates: also return the gates.
-        backend: "auto", "triton" or "eager".
+        backend: "auto", "triton", "cpu" or "eager".
 
     Returns:
         shrunk [M, E * r] in x's dtype and total [M] in fp32 (fp64 if x is); with `return_gates`
@@ -151,7 +151,7 @@ def gated_expand_(
         total: [M], of one projection, as `shrink_gate` returns them.
         lora_B: [E, N, r].
         bias: [N] if y does not hold it yet.
-        backend: "auto", "triton" or "eager".
+        backend: "auto", "triton", "cpu" or "eager".
 
     Returns:
         y.
@@ -195,8 +195,12 @@ def _eager_shrink(x, lora_A, gate_weight, gate_bias, scaling, gate, routed):
 def _shrink_gate(*args: Any):
     *operands, return_gates, backend = args
     x = operands[0]
-    if library.choose(backend, x, built=False) != "triton":
-        shrunk, total, gates = library.outside_autocast(_eager_shrink, x.device.type, *operands)
+    chosen = library.choose(backend, x)
+    if chosen != "triton":
+        if chosen == "cpu":
+            shrunk, total, gates = cpu.shrink_gate(*operands)
+        else:
+            shrunk, total, gates = library.outside_autocast(_eager_shrink, x.device.type, *operands)
         return shrunk, total, gates if return_gates else gates[..., :0].clone()
     from mogu_kernels import launch
 
@@ -216,7 +220,7 @@ def _fake_shrink_gate(x, lora_A, *args):
 
 def _gated_linear(x, weight, bias, shrunk, total, lora_B, backend, config):
     operands = (x, weight, bias, shrunk, total, lora_B)
-    if library.choose(backend, x, built=False) != "triton":
+    if library.choose(backend, x) != "triton":
         return library.outside_autocast(eager.gated_linear, x.device.type, *operands)
     from mogu_kernels import launch
 
@@ -224,7 +228,10 @@ def _gated_linear(x, weight, bias, shrunk, total, lora_B, backend, config):
 
 
 def _gated_expand_(y, shrunk, total, lora_B, bias, backend):
-    if library.choose(backend, y, built=False) != "triton":
+    chosen = library.choose(backend, y)
+    if chosen == "cpu":
+        return cpu.gated_expand_(y, shrunk, total, lora_B, bias)
+    if chosen == "eager":
         operands = (y, shrunk, total, lora_B, bias)
         y.copy_(library.outside_autocast(eager.gated_expand, y.device.type, *operands))
         return
