@@ -1,11 +1,13 @@
 # Everything a person does by hand. Each target sets up what it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+ISAS := portable avx2 avx512 avx512bf16
+NATIVE := -std=c++17 -O1 -fopenmp -Icsrc -Wno-ignored-attributes -Wno-psabi
 # idle OpenMP threads sleep: a factor of four when the cores are shared
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test check compile compile-3.6 report test-ttir races bench bench-cpu \
-	bench-projection host gpu tune sanitize setup clean
+	bench-projection host gpu tune tune-cpu sanitize cross setup clean
 
 demo: setup  ## answer three prompts on a real model: base, published procedure, ours
 	$(BIN)/python -m demo
@@ -53,10 +55,13 @@ host: setup  ## microseconds of Python around one op call
 gpu: setup  ## on a GPU: correctness, then cuBLAS, plain and ours; under eight minutes
 	$(BIN)/python -m bench.gpu
 
+tune-cpu: setup  ## on a CPU: where the backend's two forms cross, written to mogu_kernels/configs/
+	$(BIN)/python -m bench.tune_cpu
+
 tune: setup  ## on a GPU: measure tiles, write mogu_kernels/configs/
 	$(BIN)/python -m bench.tune
 
-sanitize: setup  ## the CPU backend's tests under the address and undefined-behaviour sanitizers
+sanitize: setup  ## the CPU backend under the address, undefined-behaviour and thread sanitizers
 	rm -rf out/sanitize && mkdir -p out/sanitize
 	cp -r mogu_kernels tests bench reference demo pyproject.toml out/sanitize
 	$(CXX) -std=c++17 -O1 -g -fopenmp -fPIC -shared -fsanitize=address,undefined \
@@ -65,7 +70,18 @@ sanitize: setup  ## the CPU backend's tests under the address and undefined-beha
 	  csrc/*.cpp -o out/sanitize/mogu_kernels/_cpu.abi3.so
 	cd out/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	  ../../$(BIN)/python -m pytest -q tests/test_cpu.py
+	  ../../$(BIN)/python -m pytest -q tests/test_cpu.py -k "not memory"
+	for name in $(ISAS:%=csrc/%) tests/native/check tests/native/threads; do \
+	  $(CXX) $(NATIVE) -g -fsanitize=thread -DMOGU_CHECK_X86 -c $$name.cpp \
+	    -o out/sanitize/$$(basename $$name).o || exit 1; done
+	$(CXX) -fsanitize=thread out/sanitize/*.o -lpthread -o out/sanitize/check
+	out/sanitize/check $(shell $(BIN)/python -c \
+	  "from mogu_kernels import cpu; print(*cpu.instruction_sets())")
+
+cross:  ## the CPU backend built for aarch64 and run by an emulator
+	mkdir -p out
+	aarch64-linux-gnu-g++ $(NATIVE) -static csrc/portable.cpp tests/native/check.cpp -o out/check
+	qemu-aarch64 out/check portable
 
 setup: .setup-done
 
