@@ -38,8 +38,9 @@ races: .venv-ttir/.done  ## what sentryward proves free of races on sm_80
 bench: setup  ## whole generation on the real model, interleaved; about ten minutes
 	$(BIN)/python -m bench.generation
 
-bench-cpu: setup  ## the CPU backend beside F.linear, PEFT and others, cold weights; ten minutes
+bench-cpu: setup  ## the CPU backend beside F.linear, PEFT and others, and in decoding; 25 minutes
 	$(BIN)/python -m bench.cpu
+	env -u OMP_WAIT_POLICY $(BIN)/python -m bench.decode
 
 bench-projection: setup  ## routed projection on the CPU, judged, then timed; FULL=1 for every layer
 	mkdir -p out

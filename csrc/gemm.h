@@ -21,11 +21,11 @@ struct Column {
 #if defined(MOGU_BF16_DOT)
 template <>
 struct Column<bf16> {
-  using Token = int32_t;  // two of them
+  using Token = int32_t;  // the bits of two of them
   static constexpr int STEP = 2;
   static inline Vector block(const bf16* w) { return load((const float*)w); }
   static inline Vector add(Vector acc, Vector w, int32_t x) {
-    return (Vector)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(x));
+    return dot(acc, w, (Vector)(Integers{} + x));
   }
 };
 #endif
@@ -88,7 +88,6 @@ constexpr int64_t RUN = 512;
 template <class T, int COUNT>
 static inline void meet(const typename Column<T>::Token* xs, const Vector* panel, int64_t steps,
                         Vector (*acc)[2]) {
-  for (int t = 0; t < COUNT; ++t) acc[t][0] = acc[t][1] = Vector{};
   for (int64_t first = 0; first < steps; first += RUN) {
     Vector run[COUNT][2] = {};
     for (int64_t k = first, last = smaller(first + RUN, steps); k < last; ++k) {
@@ -99,7 +98,8 @@ static inline void meet(const typename Column<T>::Token* xs, const Vector* panel
       }
     }
     for (int t = 0; t < COUNT; ++t)
-      for (int half = 0; half < 2; ++half) acc[t][half] += run[t][half];
+      for (int half = 0; half < 2; ++half)
+        acc[t][half] = first ? acc[t][half] + run[t][half] : run[t][half];
   }
 }
 
@@ -122,17 +122,19 @@ static inline void finish(const Call& call, const Projection& p, const Shared<T>
   if (p.bias)
     for (int i = 0; i < PANEL && n + i < call.N; ++i)
       bias[i] = widen(static_cast<const T*>(p.bias)[(n + i) * p.bias_n]);
+  const float* shrunk = gated.shrunk.data + tile * COUNT * gated.ranks;
+  Vector low = load(bias), high = load(bias + WIDTH);
   for (int t = 0; t < COUNT; ++t) {
-    int64_t token = smaller(tile * COUNT + t, call.M - 1);
-    const float* shrunk = gated.shrunk.data + token * gated.ranks;
-    float total = gated.total[token];
-    Vector low{}, high{};
-    for (int64_t c = 0; c < call.E * call.rank; ++c) {
-      low += B[2 * c] * shrunk[c];
-      high += B[2 * c + 1] * shrunk[c];
+    float total = gated.total[tile * COUNT + t];
+    acc[t][0] = (acc[t][0] + low) * total;
+    acc[t][1] = (acc[t][1] + high) * total;
+  }
+  for (int64_t c = 0; c < call.E * call.rank; ++c) {
+    low = B[2 * c], high = B[2 * c + 1];
+    for (int t = 0; t < COUNT; ++t) {
+      acc[t][0] += low * shrunk[t * gated.ranks + c];
+      acc[t][1] += high * shrunk[t * gated.ranks + c];
     }
-    acc[t][0] = (acc[t][0] + load(bias)) * total + low;
-    acc[t][1] = (acc[t][1] + load(bias + WIDTH)) * total + high;
   }
 }
 
@@ -218,7 +220,7 @@ static Call part_of(const Call& call, int64_t m, int64_t count) {
 
 // The shrink and the gates of all tokens of a part, projection j.
 template <class T>
-static void shrink_part(const Call& part, const Narrow<T>& narrow, const Tokens& tokens, int j,
+static void shrink_part(const Call& part, const Narrow<T>& narrow, const Tokens<T>& tokens, int j,
                         Gated& gated) {
   Buffer<float> h((narrow.experts + part.E) * part.M);
   narrow_dots<4>(narrow.shrink_of(j), narrow.experts, tokens, part.M, part.K, h.data);
@@ -230,18 +232,12 @@ static void shrink_part(const Call& part, const Narrow<T>& narrow, const Tokens&
 // Tokens m to m + COUNT: shrunk, gated and laid side by side.
 template <class T, int COUNT>
 static void own_tile(const Call& call, const Narrow<T>& narrow, int64_t m, Shared<T>& shared) {
-  using Token = typename Column<T>::Token;
   int64_t count = smaller(COUNT, call.M - m);
   Call part = part_of<T>(call, m, count);
-  Tokens tokens;
-  take_tokens<T>(part, tokens);
-  const float* from;  // pairs of bf16 travel as the 32 bits of a float
-  if constexpr (std::is_same_v<Token, float>)
-    from = tokens.wide.data;
-  else
-    from = reinterpret_cast<const float*>(tokens.half.data);
-  int64_t stride = tokens.padded / Column<T>::STEP;
-  lay_side_by_side<COUNT>(from, stride, count, shared.steps,
+  Tokens<T> tokens(part);
+  // pairs of bf16 travel as the 32 bits of a float
+  lay_side_by_side<COUNT>(reinterpret_cast<const float*>(tokens.rows.data),
+                          tokens.padded / Column<T>::STEP, count, shared.steps,
                           reinterpret_cast<float*>(shared.tokens.data) + m * shared.steps);
   for (int j = 0; j < narrow.projections; ++j) {
     Gated gated;
@@ -263,8 +259,8 @@ static bool run_by_tiles_of(const Call& call) {
   for (int j = 0; j < narrow.projections; ++j) {
     Gated& gated = shared.gated[j];
     gated.ranks = (narrow.experts + WIDTH - 1) / WIDTH * WIDTH;
-    gated.total = Buffer<float>(call.M);
-    gated.shrunk = Buffer<float>(call.M * gated.ranks);
+    gated.total = Buffer<float>::zeros(tiles * COUNT);
+    gated.shrunk = Buffer<float>::zeros(tiles * COUNT * gated.ranks);
   }
   bool failed = false;
 #pragma omp parallel num_threads(call.threads)

@@ -13,71 +13,72 @@
 template <int ROWS>
 constexpr int TOKENS = WIDTH / ROWS;
 
-// How rows of type T meet tokens: in fp32, or as pairs of bf16 where the processor has that.
+// How a call of type T keeps its tokens: in fp32, or as they are where the processor has bf16 dots.
 template <class T>
+struct Keeping {
+  using Kept = float;
+};
+
+// How rows meet the tokens that are kept: in fp32, or by pairs of bf16.
+template <class Row, class Kept>
 struct Meeting {
-  using Token = float;
   static constexpr int STEP = WIDTH;
-  static inline Vector row(const T* w) { return load(w); }
-  static inline Vector token(const float* x) { return load(x); }
+  static inline Vector row(const Row* w) { return load(w); }
+  static inline Vector token(const Kept* x) { return load(x); }
   static inline Vector add(Vector acc, Vector w, Vector x) { return acc + w * x; }
 };
 
 #if defined(MOGU_BF16_DOT)
 template <>
-struct Meeting<bf16> {
-  using Token = bf16;
+struct Keeping<bf16> {
+  using Kept = bf16;
+};
+
+template <>
+struct Meeting<bf16, bf16> {
   static constexpr int STEP = 2 * WIDTH;
-  static inline __m512bh row(const bf16* w) { return (__m512bh)_mm512_loadu_si512(w); }
-  static inline __m512bh token(const bf16* x) { return row(x); }
-  static inline Vector add(Vector acc, __m512bh w, __m512bh x) {
-    return (Vector)_mm512_dpbf16_ps((__m512)acc, w, x);
-  }
+  static inline Vector row(const bf16* w) { return load((const float*)w); }
+  static inline Vector token(const bf16* x) { return row(x); }
+  static inline Vector add(Vector acc, Vector w, Vector x) { return dot(acc, w, x); }
 };
 #endif
 
-// The tokens of a call as a thread keeps them, rows padded with zeros to a multiple of STEP.
+// The tokens of a call as a thread keeps them, rows padded with zeros to a multiple of any STEP.
+template <class T>
 struct Tokens {
-  Buffer<float> wide;  // [M, padded]
-  Buffer<bf16> half;   // the same for bf16 dots
-  int64_t padded;
+  using Kept = typename Keeping<T>::Kept;
+  int64_t padded = 0;
+  Buffer<Kept> rows;  // [M, padded]
 
-  const float* row(int64_t m, float) const { return wide.data + m * padded; }
-  const bf16* row(int64_t m, bf16) const { return half.data + m * padded; }
+  Tokens() = default;
+  explicit Tokens(const Call& call)
+      : padded((call.K + 2 * WIDTH - 1) / (2 * WIDTH) * (2 * WIDTH)), rows(call.M * padded) {
+    for (int64_t m = 0; m < call.M; ++m) {
+      const T* from = static_cast<const T*>(call.x) + m * call.x_m;
+      Kept* to = rows.data + m * padded;
+      if constexpr (std::is_same_v<T, Kept>) {
+        std::memcpy(to, from, call.K * sizeof(T));
+      } else {
+        int64_t k = 0;
+        for (; k + WIDTH <= call.K; k += WIDTH) store(load(from + k), to + k);
+        for (; k < call.K; ++k) to[k] = widen(from[k]);
+      }
+      std::memset(static_cast<void*>(to + call.K), 0, (padded - call.K) * sizeof(Kept));
+    }
+  }
+
+  const Kept* row(int64_t m) const { return rows.data + m * padded; }
 };
 
-template <class T>
-static void take_tokens(const Call& call, Tokens& tokens) {
-  constexpr int64_t LONGEST = 2 * WIDTH;
-  tokens.padded = (call.K + LONGEST - 1) / LONGEST * LONGEST;
-  tokens.wide = Buffer<float>(call.M * tokens.padded);
-  for (int64_t m = 0; m < call.M; ++m) {
-    const T* from = static_cast<const T*>(call.x) + m * call.x_m;
-    float* to = tokens.wide.data + m * tokens.padded;
-    int64_t k = 0;
-    for (; k + WIDTH <= call.K; k += WIDTH) {
-      Vector v = load(from + k);
-      std::memcpy(to + k, &v, sizeof v);
-    }
-    for (; k < call.K; ++k) to[k] = widen(from[k]);
-  }
-  if constexpr (std::is_same_v<typename Meeting<T>::Token, bf16>) {
-    tokens.half = Buffer<bf16>(call.M * tokens.padded);
-    for (int64_t m = 0; m < call.M; ++m)
-      std::memcpy(tokens.half.data + m * tokens.padded,
-                  static_cast<const T*>(call.x) + m * call.x_m, call.K * sizeof(T));
-  }
-}
-
 // Lane-wise dots of ROWS rows with TOKENS tokens from m on: acc[row * TOKENS + token].
-template <int ROWS, class T>
-static inline void dots(const T* const* rows, const Tokens& tokens, int64_t m, int64_t M, int64_t K,
-                        Vector* acc) {
-  using Meet = Meeting<T>;
-  using Token = typename Meet::Token;
+template <int ROWS, class Row, class T>
+static inline void dots(const Row* const* rows, const Tokens<T>& tokens, int64_t m, int64_t M,
+                        int64_t K, Vector* acc) {
+  using Kept = typename Tokens<T>::Kept;
+  using Meet = Meeting<Row, Kept>;
   constexpr int COUNT = TOKENS<ROWS>;
-  const Token* xs[COUNT];
-  for (int t = 0; t < COUNT; ++t) xs[t] = tokens.row(m + t < M ? m + t : M - 1, Token{});
+  const Kept* xs[COUNT];
+  for (int t = 0; t < COUNT; ++t) xs[t] = tokens.row(m + t < M ? m + t : M - 1);
   for (int i = 0; i < WIDTH; ++i) acc[i] = Vector{};
   int64_t k = 0;
   for (; k + Meet::STEP <= K; k += Meet::STEP)
@@ -88,8 +89,8 @@ static inline void dots(const T* const* rows, const Tokens& tokens, int64_t m, i
     }
   if (k < K)
     for (int r = 0; r < ROWS; ++r) {
-      T tail[Meet::STEP] = {};
-      std::memcpy(tail, rows[r] + k, (K - k) * sizeof(T));
+      Row tail[Meet::STEP] = {};
+      std::memcpy(tail, rows[r] + k, (K - k) * sizeof(Row));
       auto w = Meet::row(tail);
       for (int t = 0; t < COUNT; ++t)
         acc[r * COUNT + t] = Meet::add(acc[r * COUNT + t], w, Meet::token(xs[t] + k));
@@ -97,11 +98,11 @@ static inline void dots(const T* const* rows, const Tokens& tokens, int64_t m, i
 }
 
 // h[row, m] = rows[row] . x[m] for `count` rows
-template <int ROWS, class T>
-static void narrow_dots(const T* const* rows, int64_t count, const Tokens& tokens, int64_t M,
+template <int ROWS, class Row, class T>
+static void narrow_dots(const Row* const* rows, int64_t count, const Tokens<T>& tokens, int64_t M,
                         int64_t K, float* h) {
   for (int64_t r = 0; r < count; r += ROWS) {
-    const T* tile[ROWS];
+    const Row* tile[ROWS];
     for (int i = 0; i < ROWS; ++i) tile[i] = rows[r + i < count ? r + i : count - 1];
     for (int64_t m = 0; m < M; m += TOKENS<ROWS>) {
       Vector acc[WIDTH];
@@ -135,8 +136,8 @@ struct Gated {
 
 static void gate(const Call& call, const Projection& p, const float* h, bool store, Gated& gated) {
   gated.ranks = (call.E * call.rank + WIDTH - 1) / WIDTH * WIDTH;
-  gated.total = Buffer<float>(call.M);
-  gated.shrunk = Buffer<float>(call.M * gated.ranks);
+  gated.total = Buffer<float>::zeros(call.M);
+  gated.shrunk = Buffer<float>::zeros(call.M * gated.ranks);
   const float* of_routers = h + call.E * call.rank * call.M;
   for (int64_t m = 0; m < call.M; ++m) {
     float logits[MAX_EXPERTS], gates[MAX_EXPERTS];
@@ -179,7 +180,7 @@ static inline void expand_row(const Call& call, const Projection& p, int64_t n, 
 
 // ROWS rows of weight from n on, tokens from m on: the projection, lane row * TOKENS + token.
 template <int ROWS, class T>
-static inline Vector project(const Call& call, const Projection& p, const Tokens& tokens,
+static inline Vector project(const Call& call, const Projection& p, const Tokens<T>& tokens,
                              const Gated& gated, const float* B, int64_t n, int64_t m) {
   constexpr int COUNT = TOKENS<ROWS>;
   const T* rows[ROWS];
@@ -217,12 +218,12 @@ static inline Vector activate(Vector z, Activation activation) {
 
 // Rows first to last of weight, by tiles of ROWS: read once each, whatever M is.
 template <int ROWS, class T>
-static void own_rows(const Call& call, const Tokens& tokens, const Gated* gated, int64_t first,
+static void own_rows(const Call& call, const Tokens<T>& tokens, const Gated* gated, int64_t first,
                      int64_t last) {
   constexpr int COUNT = TOKENS<ROWS>;
   int projections = call.activation == Activation::none ? 1 : 2;
   Buffer<float> B[2];
-  for (int j = 0; j < projections; ++j) B[j] = Buffer<float>(ROWS * gated[j].ranks);
+  for (int j = 0; j < projections; ++j) B[j] = Buffer<float>::zeros(ROWS * gated[j].ranks);
   for (int64_t n = first; n < last; n += ROWS) {
     for (int j = 0; j < projections; ++j)
       for (int r = 0; r < ROWS; ++r)
@@ -272,7 +273,7 @@ struct Narrow {
 // This thread's share of the rows of lora_A and of the routers, with every token:
 // h[projection][row, m].
 template <int ROWS, class T>
-static void own_shrink(const Call& call, const Narrow<T>& narrow, const Tokens& tokens,
+static void own_shrink(const Call& call, const Narrow<T>& narrow, const Tokens<T>& tokens,
                        int64_t me, int64_t threads, float* h) {
   int64_t experts = narrow.experts;
   for (int j = 0; j < narrow.projections; ++j, h += (experts + call.E) * call.M) {
@@ -293,9 +294,9 @@ static bool run_tiled(const Call& call) {
 #pragma omp parallel num_threads(call.threads)
   {
     int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    Tokens tokens;
+    Tokens<T> tokens;
     attempt(failed, [&] {
-      take_tokens<T>(call, tokens);
+      tokens = Tokens<T>(call);
       own_shrink<ROWS>(call, narrow, tokens, me, threads, h.data);
     });
 #pragma omp barrier

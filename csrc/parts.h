@@ -24,8 +24,7 @@ static bool shrink_few(const Call& call) {
   {
     int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     attempt(failed, [&] {
-      Tokens tokens;
-      take_tokens<T>(call, tokens);
+      Tokens<T> tokens(call);
       own_shrink<4>(call, narrow, tokens, me, threads, h.data);
     });
 #pragma omp barrier
@@ -52,8 +51,7 @@ static bool shrink_many(const Call& call) {
       for (int64_t i = tiles * me / threads; i < tiles * (me + 1) / threads; ++i) {
         int64_t m = i * WIDE_TILE, count = smaller(WIDE_TILE, call.M - m);
         Call part = part_of<T>(call, m, count);
-        Tokens tokens;
-        take_tokens<T>(part, tokens);
+        Tokens<T> tokens(part);
         Gated gated;
         shrink_part(part, narrow, tokens, 0, gated);
         store_shrunk<T>(call, gated, m, count);

@@ -17,18 +17,21 @@ static inline void attempt(bool& failed, Part part) {
   }
 }
 
-// An array of zeros, aligned for any vector. The standard library's containers and functions stay
-// out of the code that is built several times: the linker keeps one copy of theirs, for whichever
-// processor.
+// An array, aligned for any vector; its contents are anything, or zeros. The standard library's
+// containers and functions stay out of the code that is built several times: the linker keeps one
+// copy of theirs, for whichever processor.
 template <class T>
 struct Buffer {
   T* data = nullptr;
   Buffer() = default;
   explicit Buffer(int64_t size) {
-    size_t bytes = (size * sizeof(T) + 64) / 64 * 64;
-    data = static_cast<T*>(std::aligned_alloc(64, bytes));
+    data = static_cast<T*>(std::aligned_alloc(64, bytes(size)));
     if (!data) throw OutOfMemory();
-    std::memset(static_cast<void*>(data), 0, bytes);
+  }
+  static Buffer zeros(int64_t size) {
+    Buffer buffer(size);
+    std::memset(static_cast<void*>(buffer.data), 0, bytes(size));
+    return buffer;
   }
   Buffer(Buffer&& other) noexcept : data(other.data) { other.data = nullptr; }
   Buffer& operator=(Buffer&& other) noexcept {
@@ -38,6 +41,9 @@ struct Buffer {
   }
   ~Buffer() { std::free(data); }
   T& operator[](int64_t i) const { return data[i]; }
+
+ private:
+  static size_t bytes(int64_t size) { return (size * sizeof(T) + 64) / 64 * 64; }
 };
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -130,16 +136,31 @@ static inline Vector load(const f16* values) {
 static inline void store(Vector v, float* out) { std::memcpy(out, &v, sizeof v); }
 
 static inline void store(Vector v, bf16* out) {
+#if defined(MOGU_BF16_DOT)
+  Halves rounded;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+  std::memcpy(out, &rounded, sizeof rounded);
+#else
   Integers bits = (Integers)v, magnitude = bits & 0x7fffffff;
   Integers rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet = bits | 0x400000;
   Integers chosen = magnitude > 0x7f800000 ? quiet : rounded;
   Halves halves = __builtin_convertvector((chosen >> 16) & 0xffff, Halves);
   std::memcpy(out, &halves, sizeof halves);
+#endif
 }
 
 static inline void store(Vector v, f16* out) {
   for (int i = 0; i < WIDTH; ++i) narrow(v[i], out + i);
 }
+
+#if defined(MOGU_BF16_DOT)
+// acc + a * b by pairs of bf16, which travel as the 32 bits of a float. Spelt out: GCC 12 moves the
+// intrinsic's own vector type through memory.
+static inline Vector dot(Vector acc, Vector a, Vector b) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
+#endif
 
 // lane of (a, b) that lane `lane` takes when groups of STEP lanes are brought together
 template <int STEP, int HALF>
