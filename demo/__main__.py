@@ -3,7 +3,6 @@
 import statistics
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -87,28 +86,11 @@ def _equal(answers, others) -> str:
 
 def draw_gates(model, tokenizer, ids) -> None:
     """Heat maps of both experts' gates, layer by token, over the prompt and the routed tokens."""
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    with mk.record_gates(model) as recorded:
+    with mk.record_gates(model) as gates:
         answer = mk.generate(model, ids, max_new_tokens=5, do_sample=False)
-    gates = torch.stack([gate[0] for gate in recorded.values()])  # [layers, tokens, E]
-    seen = answer[0, : gates.shape[1]]
-    labels = [tokenizer.decode(token).replace("\n", "\\n").strip() or "_" for token in seen]
-    low, high = float(gates.quantile(0.01)), float(gates.quantile(0.99))
-    figure, axes = pyplot.subplots(2, 1, figsize=(11, 8), sharex=True, layout="constrained")
-    for axis, name, e in zip(axes, ("unwill", "glad"), (1, 0), strict=True):
-        image = axis.imshow(gates[..., e], aspect="auto", cmap="viridis", vmin=low, vmax=high)
-        axis.set_title(f"gate of the {name} expert")
-        axis.set_ylabel("layer")
-        axis.axvline(ids.shape[1] - 0.5, color="white", linewidth=1.5)
-    axes[1].set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
-    axes[1].set_xlabel("token (right of the line: the routed answer)")
-    figure.colorbar(image, ax=axes, label="gate")
-    figure.suptitle("Router gates, SmolLM2-135M-Instruct, seeded (untrained) routers")
+    tokens = [tokenizer.decode(token) for token in answer[0]]
     FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, dpi=120)
-    pyplot.close(figure)
+    mk.plot_gates(gates, tokens, prompt_tokens=ids.shape[1], path=FIGURE)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ a whole or leaves the folder as it was.
 import contextlib
 import dataclasses
 import json
-import math
 import os
+import re
+import reprlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,12 +20,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mogu_kernels.architectures import is_target
 from mogu_kernels.router import fold_router
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "mogu_config.json"
 TENSORS_FILE = "mogu_model.safetensors"
 MAX_EXPERTS = 8
+MAX_SIZE = 2**31 - 1  # of any integer in a config
+MAX_CONFIG_BYTES = 2**20  # a config has a few hundred; parsed JSON takes twenty times its file
+MAX_TARGETS = 1000
+MAX_NAME = 200  # characters of a tensor's name
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,8 @@ class MoGUConfig:
     Attributes:
         base_model: id of the base model, such as "SmolLM2-135M-Instruct".
         architecture: its class, such as "LlamaForCausalLM".
-        target_modules: last components of the routed modules' names, such as ("o_proj",).
+        target_modules: ends of the routed modules' names, such as ("o_proj",), or patterns for
+            whole names, such as ("model.layers.*.mixer.out_proj",).
         ranks: one per expert; the tensors are padded with zeros to the largest.
         lora_alpha: one per expert.
         gate: "sigmoid" (as published) or "softmax".
@@ -67,31 +75,44 @@ class MoGUConfig:
 
     def __post_init__(self):
         """Refuse what cannot be meant, with the value."""
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version is {self.format_version!r}, but this mogu_kernels reads "
-                f"{FORMAT_VERSION}: update it, or save the checkpoint again"
-            )
+        _check_version(self.format_version)
         for name, kinds in _FIELD_TYPES.items():
             _check_type(name, getattr(self, name), kinds)
         E = len(self.ranks)
         if not 1 <= E <= MAX_EXPERTS:
-            raise ValueError(f"ranks={self.ranks}: take 1 to {MAX_EXPERTS} experts")
+            raise ValueError(f"ranks={short(self.ranks)}: take 1 to {MAX_EXPERTS} experts")
         for name in ("lora_alpha", "expert_names"):
             if len(getattr(self, name)) != E:
-                raise ValueError(f"{name}={getattr(self, name)}, but ranks={self.ranks}: {E} each")
+                raise ValueError(
+                    f"{name}={short(getattr(self, name))}, but ranks={self.ranks}: {E} each"
+                )
         if min(self.ranks) < 0 or max(self.ranks) < 1:
             raise ValueError(f"ranks={self.ranks}: none below 0, and at least one above")
-        if not all(math.isfinite(alpha) for alpha in self.lora_alpha):
-            raise ValueError(f"lora_alpha={self.lora_alpha}: take finite numbers")
+        if not all(abs(alpha) <= _LARGEST for alpha in self.lora_alpha):  # NaN is not either
+            raise ValueError(f"lora_alpha={short(self.lora_alpha)}: take finite fp32 numbers")
         for name in ("expert_names", "target_modules"):
             names = getattr(self, name)
-            if not names or len(set(names)) != len(names):
-                raise ValueError(f"{name}={names}: name each once, and at least one")
+            if not 1 <= len(names) <= MAX_TARGETS or len(set(names)) != len(names):
+                raise ValueError(f"{name}={short(names)}: name each once, and at least one")
+        # a name of an expert becomes a folder, that of a target meets module names
+        if not all(_WORD.fullmatch(name) for name in self.expert_names):
+            raise ValueError(
+                f"expert_names={short(self.expert_names)}: take up to 64 letters, digits, _ and -"
+            )
+        if not all(_TARGET.fullmatch(target) for target in self.target_modules):
+            raise ValueError(
+                f"target_modules={short(self.target_modules)}: take ends of module names, or "
+                "patterns with *"
+            )
+        if not _WORD.fullmatch(self.architecture):
+            raise ValueError(
+                f"architecture={short(self.architecture)}: take the name of a class, such as "
+                "LlamaForCausalLM"
+            )
         if self.gate not in ("sigmoid", "softmax"):
-            raise ValueError(f'gate={self.gate!r}: take "sigmoid" or "softmax"')
+            raise ValueError(f'gate={short(self.gate)}: take "sigmoid" or "softmax"')
         if self.router not in ("linear", "mlp"):
-            raise ValueError(f'router={self.router!r}: take "linear" or "mlp"')
+            raise ValueError(f'router={short(self.router)}: take "linear" or "mlp"')
         if self.router_hidden < 1:
             raise ValueError(f"router_hidden={self.router_hidden}: take at least 1")
         if self.routed_tokens is not None and self.routed_tokens < 0:
@@ -130,15 +151,10 @@ class MoGUConfig:
             ValueError: an unknown format version, unknown or missing keys.
             TypeError: a value of the wrong type.
         """
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version is {version!r}, but this mogu_kernels reads {FORMAT_VERSION}: "
-                "update it, or save the checkpoint again"
-            )
+        _check_version(values.get("format_version"))
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
-            raise ValueError(f"unknown keys in the config: {', '.join(unknown)}")
+            raise ValueError(f"unknown keys in the config: {_few(unknown)}")
         needed = {
             name
             for name, field in fields.items()
@@ -204,22 +220,30 @@ class MoGUCheckpoint:
         """Check every tensor against the config.
 
         Raises:
-            ValueError: missing or surplus tensors, a wrong shape or dtype, NaN or Inf, values in
-            the
-                padding of an expert's rank, a module that is no target or a target without module.
+            ValueError: a name that no module can have, missing or surplus tensors, a wrong shape
+                or dtype, NaN or Inf, values in the padding of an expert's rank, a module that is
+                no target or a target without module.
         """
+        for name in self.tensors:
+            if len(name) > MAX_NAME or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"{short(name)} cannot be a tensor's name: take at most {MAX_NAME} letters, "
+                    "digits, _ and -, with single dots between"
+                )
         expected = {f"{m}.{key}" for m in self.modules for key in self._shapes(m)}
         if surplus := sorted(set(self.tensors) - expected):
             raise ValueError(f"surplus tensors for router={self.config.router!r}: {_few(surplus)}")
         if missing := sorted(expected - set(self.tensors)):
             raise ValueError(f"missing tensors for router={self.config.router!r}: {_few(missing)}")
-        kinds = {module.rpartition(".")[2] for module in self.modules}
-        if kinds != set(self.config.target_modules):
+        modules, targets = self.modules, self.config.target_modules
+        if not all(is_target(module, targets) for module in modules) or not all(
+            any(is_target(module, [target]) for module in modules) for target in targets
+        ):
+            kinds = sorted({module.rpartition(".")[2] for module in modules})
             raise ValueError(
-                f"target_modules={self.config.target_modules}, but the tensors are for "
-                f"{tuple(sorted(kinds))}"
+                f"target_modules={short(targets)}, but the tensors are for {short(tuple(kinds))}"
             )
-        for module in self.modules:
+        for module in modules:
             self._validate_module(module)
 
     def _shapes(self, module: str) -> dict[str, list[int]]:
@@ -245,9 +269,13 @@ class MoGUCheckpoint:
         for key, shape in self._shapes(module).items():
             tensor, name = tensors[key], f"{module}.{key}"
             if list(tensor.shape) != shape:
-                raise ValueError(f"{name} is {list(tensor.shape)}, but the config asks for {shape}")
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name} is {tensor.dtype}: take a floating-point dtype")
+                raise ValueError(
+                    f"{name} is {short(list(tensor.shape))}, but the config asks for {shape}"
+                )
+            if tensor.numel() == 0:
+                raise ValueError(f"{name} is {shape}: a projection has at least one feature")
+            if tensor.dtype not in DTYPES:
+                raise ValueError(f"{name} is {tensor.dtype}: take {_dtype_names()}")
             if key.startswith("gate_") and tensor.dtype != torch.float32:
                 raise ValueError(f"{name} is {tensor.dtype}: folded routers are kept in fp32")
             if not torch.isfinite(tensor).all():
@@ -272,13 +300,10 @@ def save_checkpoint(checkpoint: MoGUCheckpoint, folder: str | os.PathLike) -> No
         ValueError: the checkpoint contradicts itself; nothing has been written.
     """
     checkpoint.validate()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: t.detach().cpu().contiguous() for key, t in checkpoint.tensors.items()}
-    with _replacing(folder / TENSORS_FILE) as path:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    with _replacing(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(checkpoint.config.to_dict(), indent=2) + "\n")
+    write_folder(
+        Path(folder),
+        {TENSORS_FILE: checkpoint.tensors, CONFIG_FILE: checkpoint.config.to_dict()},
+    )
 
 
 def load_checkpoint(folder: str | os.PathLike) -> MoGUCheckpoint:
@@ -295,26 +320,86 @@ def load_checkpoint(folder: str | os.PathLike) -> MoGUCheckpoint:
                 f"{folder} has no {name}: take a folder that `save_checkpoint` wrote (pickled "
                 "files are never read; convert them first)"
             )
-    try:
-        values = json.loads((folder / CONFIG_FILE).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{folder / CONFIG_FILE} holds a {type(values).__name__}, not an object")
-    config = MoGUConfig.from_dict(values)
-    path = folder / TENSORS_FILE
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({path.stat().st_size:,} bytes: {error}): copy it again"
-        ) from error
-    checkpoint = MoGUCheckpoint(config, tensors)
+    config = MoGUConfig.from_dict(read_json(folder / CONFIG_FILE))
+    checkpoint = MoGUCheckpoint(config, read_tensors(folder / TENSORS_FILE))
     checkpoint.validate()
     return checkpoint
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; stricter than `json.loads`, which lets the last of two keys win.
+
+    Raises:
+        ValueError: not JSON, too large or too deep, NaN or Infinity, a key twice, or no object.
+    """
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes: a config has at most {MAX_CONFIG_BYTES:,}"
+        )
+    try:
+        values = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_no_constant,
+        )
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply: no config needs that") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {_cut(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not an object")
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, MemoryError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({path.stat().st_size:,} bytes: {_cut(error)}): copy it again"
+        ) from error
+
+
+def write_folder(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write JSON and safetensors files by name, in that order, each replaced atomically.
+
+    Raises:
+        ValueError: a config that JSON cannot hold; nothing has been written.
+    """
+    texts = {name: _to_json(name, own) for name, own in files.items() if name.endswith(".json")}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, own in files.items():
+        with _replacing(folder / name) as path:
+            if name in texts:
+                path.write_text(texts[name], encoding="utf-8")
+            else:
+                tensors = {key: t.detach().cpu().contiguous() for key, t in own.items()}
+                safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def short(value: Any) -> str:
+    """`repr`, cut: an error must stay readable whatever a file holds."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxtuple = _SHORT.maxlist = MAX_EXPERTS
+_SHORT.maxlevel = 3
+
+_WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TARGET = re.compile(r"[A-Za-z0-9_*-]+(\.[A-Za-z0-9_*-]+)*")
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
+_LARGEST = torch.finfo(torch.float32).max
+
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
     "base_model": (str,),
     "architecture": (str,),
     "target_modules": (tuple, str),
@@ -340,7 +425,39 @@ def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
     ):
         kind = " or ".join(k.__name__ for k in (kinds[1:] if kinds[0] is tuple else kinds))
         plural = "a tuple of " if kinds[0] is tuple else ""
-        raise TypeError(f"{name}={value!r}: take {plural}{kind}")
+        raise TypeError(f"{name}={short(value)}: take {plural}{kind}")
+    if float not in kinds and any(isinstance(v, int) and v > MAX_SIZE for v in values):
+        raise ValueError(f"{name}={short(value)}: take at most {MAX_SIZE:,}")
+
+
+def _check_version(version: Any) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"format_version is {short(version)}, but this mogu_kernels reads {FORMAT_VERSION}: "
+            "update it, or save the checkpoint again"
+        )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {short(twice)} stands there twice")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    """NaN and Infinity are no JSON, though Python reads and writes them."""
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _to_json(name: str, values: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} cannot be written as JSON: {_cut(error)}") from error
 
 
 @contextlib.contextmanager
@@ -369,10 +486,21 @@ def _sync(path: Path) -> None:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key: numbers by value, words by letter."""
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]
+    parts = name.split(".")
+    return [(0, int(p), "") if p.isascii() and p.isdigit() else (1, 0, p) for p in parts]
 
 
 def _few(names: list[str]) -> str:
     """The first three names, and how many more."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(short(name).strip("'") for name in names[:3]) + more
+
+
+def _cut(error: Exception) -> str:
+    """What another library says, without the part of the file it may quote."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _dtype_names() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

@@ -3,6 +3,7 @@
 import importlib.util
 import platform
 import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -11,7 +12,10 @@ from mogu_kernels import cpu, tuning
 
 def diagnose() -> dict[str, str]:
     """One finding by subject, in words."""
-    found = {"torch": f"{torch.__version__}, {torch.get_num_threads()} threads"}
+    found = {
+        "python": f"{platform.python_version()} on {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+    }
     sets = cpu.instruction_sets()
     if sets:
         found["CPU tensors"] = f"C++ kernels for {sets[0]} (of {', '.join(sets)})"
@@ -42,12 +46,15 @@ def diagnose() -> dict[str, str]:
     return found
 
 
+def aligned(findings: Mapping[str, object]) -> str:
+    """One line per subject, the findings in a column."""
+    width = max(map(len, findings))
+    return "\n".join(f"{subject:<{width}}  {finding}" for subject, finding in findings.items())
+
+
 def main() -> None:
     """Print the findings."""
-    findings = {"python": f"{platform.python_version()} on {platform.machine()}", **diagnose()}
-    width = max(map(len, findings))
-    for subject, finding in findings.items():
-        sys.stdout.write(f"{subject:<{width}}  {finding}\n")
+    sys.stdout.write(aligned(diagnose()) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,47 +1,63 @@
 """Routed decoding: the first tokens from the routed model, the rest from the base model."""
 
-import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mogu_kernels.state import routing
+from mogu_kernels.handoff import HANDOFFS, Sequences
+from mogu_kernels.state import routed_state
 
 _UNSUPPORTED = {
     "num_beams": "beam search",
+    "num_beam_groups": "beam search",
     "assistant_model": "assisted decoding",
-    "streamer": "streaming",
+    "prompt_lookup_num_tokens": "assisted decoding",
     "return_dict_in_generate": "a dictionary of outputs",
+    "inputs_embeds": "a prompt of embeddings",
 }
 
 
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    synced_gpus: bool = False,
+    streamer: Any = None,
     *,
-    attention_mask: Tensor | None = None,
-    max_new_tokens: int | None = None,
-    routed_tokens: int | None = 5,
-    handoff: str = "replay",
-    generation_config=None,
-    **kwargs,
+    routed_tokens: int | Literal["checkpoint"] | None = "checkpoint",
+    handoff: Literal["shadow", "replay", "keep"] = "shadow",
+    routed: Tensor | None = None,
+    token_streamer: Any = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Generate with an attached model: `routed_tokens` routed, then the base model goes on.
 
-    At the hand-over the base model reads the prompt and the routed tokens afresh, as published;
-    both parts use a KV cache, and one copy of the weights serves both.
+    At the hand-over the published base model reads the prompt and the routed tokens afresh; both
+    parts use a KV cache here, and one copy of the weights serves both. It is also a decoding method
+    for transformers: `model.generate(..., custom_generate=mk.generate)`.
 
     Args:
         model: a Hugging Face causal language model with routed projections.
-        input_ids: [batch, tokens], left-padded where prompts are unequal.
-        attention_mask: [batch, tokens]; ones if None.
-        max_new_tokens: in all; the generation config's if None.
-        routed_tokens: m, 5 as published; None routes every token.
-        handoff: "replay", the published procedure.
+        input_ids: [batch, tokens], left-padded where prompts are unequal. Every token counts,
+            unless `attention_mask` says otherwise.
+        logits_processor: besides those that the generation config asks for.
+        stopping_criteria: likewise.
         generation_config: instead of the model's.
-        **kwargs: to the model's own `generate`: sampling, stopping criteria, logits processors.
+        synced_gpus: not supported.
+        streamer: gets the tokens as they come. Transformers keeps it from a `custom_generate`
+            function: there, give `token_streamer`.
+        routed_tokens: m; what the checkpoint says (5 as published); None routes every token.
+        handoff: "shadow": the base model's cache is built while the routed tokens are produced.
+            "replay": it is built at once, between two tokens, as published. Both give the same
+            tokens. "keep": the routed cache is kept, an approximation.
+        routed: bool [batch]; a False sequence is answered by the base model alone. The mask of an
+            open `mk.routing` context if None.
+        token_streamer: see `streamer`.
+        **kwargs: to the model's own `generate`: max_new_tokens, sampling, caches.
 
     Returns:
         [batch * num_return_sequences, tokens + new tokens], padded on the right where a sequence
@@ -50,80 +66,83 @@ def generate(
     Raises:
         ValueError: an unknown hand-over, a number of tokens below zero, something that routed
             decoding does not support, or no routed projection in the model.
+        TypeError: a mask that is not bool.
 
     Source: MoGU, arXiv 2405.14488, section 3.3.
     """
-    if handoff != "replay":
-        raise ValueError(f'handoff={handoff!r}: take "replay"')
+    state = routed_state(model)
+    if handoff not in HANDOFFS:
+        raise ValueError(f"handoff={handoff!r}: take one of {', '.join(HANDOFFS)}")
+    if routed_tokens == "checkpoint":
+        routed_tokens = state.routed_tokens
     if routed_tokens is not None and routed_tokens < 0:
         raise ValueError(f"routed_tokens={routed_tokens}: take 0 or more, or None for all")
-    config: Any = copy.deepcopy(generation_config or model.generation_config)
-    config.update(**{key: value for key, value in kwargs.items() if hasattr(config, key)})
     for key, what in _UNSUPPORTED.items():
-        value = kwargs.get(key, getattr(config, key, None))
-        if value not in (None, False, 1):
+        value = kwargs.get(key, getattr(generation_config, key, None))
+        if value not in (None, False) and not (key.startswith("num_beam") and value == 1):
             raise ValueError(f"{key}={value!r}: {what} is not supported with routed tokens")
-    prompt = input_ids.shape[1]
-    if max_new_tokens is None:
-        max_new_tokens = int(config.max_new_tokens or (config.max_length or 20) - prompt)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: take at least 1")
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    copies, kwargs["num_return_sequences"] = config.num_return_sequences or 1, 1
-    if generation_config is not None:
-        kwargs["generation_config"] = generation_config
-    sequences = input_ids.repeat_interleave(copies, 0)
-    attention_mask = attention_mask.repeat_interleave(copies, 0)
-    first = max_new_tokens if routed_tokens is None else min(routed_tokens, max_new_tokens)
-
-    if first:
-        with routing(model, True):
-            sequences = _continue(model, sequences, attention_mask, first, config, prompt, kwargs)
-    ended = _ended(sequences[:, prompt:], config)
-    if first == max_new_tokens or ended.all():
-        return sequences
-    with routing(model, False):
-        going = ~ended
-        rest = _continue(
-            model,
-            sequences[going],
-            attention_mask[going],
-            max_new_tokens - first,
-            config,
-            prompt,
-            kwargs,
+    if synced_gpus:
+        raise ValueError("synced_gpus=True is not supported: gather the parameters first")
+    own = {"routed_tokens": routed_tokens, "handoff": handoff, "routed": routed}
+    if not hasattr(generation_config, "_eos_token_tensor"):  # transformers prepares all, calls us
+        prepare: Any = model.generate
+        if input_ids is not None and kwargs.get("attention_mask") is None:
+            # transformers would guess one from padding tokens, which chat templates use otherwise
+            kwargs["attention_mask"] = torch.ones_like(input_ids)
+        return prepare(
+            input_ids,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            custom_generate=generate,
+            token_streamer=streamer,
+            **own,
+            **kwargs,
         )
-    if not ended.any():
-        return rest
-    out = rest.new_full((len(sequences), rest.shape[1]), _pad_token(config))
-    out[:, : sequences.shape[1]] = sequences
-    out[going] = rest
-    return out
+    assert input_ids is not None
+    return _decode(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, token_streamer,
+        _row_mask(routed, state.sequences, input_ids), routed_tokens, handoff, kwargs,
+    )  # fmt: skip
 
 
-def _continue(model: Any, sequences, attention_mask, new_tokens, config, prompt, kwargs) -> Tensor:
-    """The model's own `generate`, from a fresh prefill of prompt and answer so far."""
-    done = sequences.shape[1] - prompt
-    own = {"max_new_tokens": new_tokens, "pad_token_id": _pad_token(config)}
-    if config.min_new_tokens is not None:
-        own["min_new_tokens"] = max(0, config.min_new_tokens - done)
-    mask = torch.cat([attention_mask, attention_mask.new_ones(len(sequences), done)], 1)
-    return model.generate(sequences, attention_mask=mask, **kwargs | own)
+def _decode(
+    model, input_ids, process, stop, config, streamer, enabled, routed_tokens, handoff, kwargs
+) -> Tensor:
+    """The loop: logits of a hand-over in, one token of every sequence out."""
+    longest = stop.max_length - input_ids.shape[1]
+    if routed_tokens is not None and routed_tokens >= longest:
+        routed_tokens = None  # there is no hand-over
+    sequences = Sequences(input_ids, kwargs)
+    passes = HANDOFFS[handoff](model, sequences, enabled, routed_tokens)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stop)
+    going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    while going.any():
+        scores = process(sequences.ids, passes.next_logits().to(input_ids.device))
+        if config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        else:
+            tokens = scores.argmax(-1)
+        if ends:
+            tokens = torch.where(going, tokens, config._pad_token_tensor.to(tokens.device))
+        sequences.append(tokens)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        going &= ~stop(sequences.ids, None)
+    if streamer is not None:
+        streamer.end()
+    return sequences.ids
 
 
-def _ended(answers: Tensor, config) -> Tensor:
-    """Which answers [batch, tokens] hold an end-of-sequence token, bool [batch]."""
-    eos = config.eos_token_id
-    if eos is None:
-        return torch.zeros(len(answers), dtype=torch.bool, device=answers.device)
-    eos = torch.as_tensor(eos, device=answers.device).view(-1)
-    return torch.isin(answers, eos).any(1)
-
-
-def _pad_token(config) -> int:
-    """The padding token, or the first end-of-sequence token where the model has none."""
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    eos = config.eos_token_id
-    return 0 if eos is None else eos if isinstance(eos, int) else eos[0]
+def _row_mask(routed: Tensor | None, ambient: Tensor | None, input_ids: Tensor) -> bool | Tensor:
+    """Which rows are routed, repeated where a prompt has several answers."""
+    mask = ambient if routed is None else routed
+    if mask is None:
+        return True
+    if mask.dtype != torch.bool:
+        raise TypeError(f"routed is {mask.dtype}: take a bool mask, one entry a sequence")
+    rows = len(input_ids)
+    if mask.ndim != 1 or len(mask) == 0 or rows % len(mask):
+        raise ValueError(f"routed is {list(mask.shape)}, but there are {rows} sequences")
+    return mask.to(input_ids.device).repeat_interleave(rows // len(mask))

@@ -1,36 +1,34 @@
 """Swapping projections of a Hugging Face model for routed ones, and back."""
 
 import dataclasses
+import functools
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from mogu_kernels.checkpoint import MoGUCheckpoint, MoGUConfig, load_checkpoint
-from mogu_kernels.modules import MoGUGatedMLP, MoGULinear, SharedInput
+from mogu_kernels.architectures import ARCHITECTURES, Architecture, is_target
+from mogu_kernels.checkpoint import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    MoGUCheckpoint,
+    MoGUConfig,
+    load_checkpoint,
+)
+from mogu_kernels.modules import MoGUGatedMLP, MoGULinear, SharedInput, has_plain_weight
 from mogu_kernels.state import RoutingState, routed_modules
 
-# last name components of the projections that may be routed, by architecture
-ARCHITECTURES = {
-    "LlamaForCausalLM": (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ),
-}
-
-# projections of one parent that read the same hidden states
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-# classes whose forward is down_proj(act_fn(gate_proj(x)) * up_proj(x)), and what act_fn may be
-GATED_MLPS = ("LlamaMLP",)
+# what a gated MLP's act_fn may be, by its name in the model's config
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# what cannot be routed though it looks like a linear, and what to do
+REFUSED = {
+    "Conv1D": "it keeps its weight transposed: replace it by an nn.Linear first",
+    "NormHead": "it changes its own weight",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,41 +60,49 @@ class AttachReport:
 def target_linears(
     model: nn.Module, target_modules: Sequence[str], layers: Sequence[int] | None = None
 ) -> dict[str, nn.Linear]:
-    """The linears of `model` whose last name component is in `target_modules`, by full name.
+    """The linears of `model` that are targets, by full name.
 
     Args:
-        model: an architecture of the table.
-        target_modules: such as ("o_proj",).
+        model: of any architecture; one of the table takes only the projections of its row.
+        target_modules: ends of names, such as ("o_proj",), or patterns for whole names, such as
+            ("model.layers.*.mixer.out_proj",).
         layers: keep only modules with one of these layer numbers in their name; None keeps all.
 
     Raises:
-        ValueError: an architecture or a target that is not in the table, or nothing is left.
+        ValueError: a target that the architecture's row does not have, the output embedding, or
+            nothing is left.
         TypeError: a target that is not an `nn.Linear`.
     """
-    allowed = ARCHITECTURES.get(_architecture(model))
-    if allowed is None:
-        raise ValueError(
-            f"{_architecture(model)} is not a known architecture: take one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    for target in target_modules:
-        if target not in allowed:
+    row = ARCHITECTURES.get(_architecture(model))
+    for target in target_modules if row else ():
+        if target.rpartition(".")[2] not in row.projections:
             raise ValueError(
                 f"{target!r} is no projection of {_architecture(model)}: take any of "
-                f"{', '.join(allowed)}"
+                f"{', '.join(row.projections)}"
             )
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     found = {}
     for name, module in model.named_modules():
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        if name.rpartition(".")[2] not in target_modules:
+        if not is_target(name, target_modules):
             continue
         if layers is not None and not set(numbers) & set(layers):
             continue
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"{name} is a {type(module).__name__}: only nn.Linear can be routed")
+        if module is head:
+            raise ValueError(f"{name} is the output embedding, often tied: it cannot be routed")
+        kind = type(module).__name__
+        if not isinstance(module, nn.Linear) or kind in REFUSED:
+            remedy = REFUSED.get(kind, "only nn.Linear can be routed")
+            raise TypeError(f"{name} is a {kind}: {remedy}")
         found[name] = module
     if not found:
-        raise ValueError(f"no module of {_architecture(model)} is one of {target_modules}")
+        linears = {
+            n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
+        }
+        raise ValueError(
+            f"no module of {_architecture(model)} is one of {tuple(target_modules)}: its linears "
+            f"are {', '.join(sorted(linears))}"
+        )
     return found
 
 
@@ -114,8 +120,9 @@ def attach(
     computed in one GEMM kernel.
 
     Args:
-        model: a Hugging Face causal language model on its final device and in its final dtype.
-        checkpoint: a folder, or what `load_checkpoint` returned.
+        model: a Hugging Face causal language model on its final devices and in its final dtype.
+            What it saves while it is attached is the base model.
+        checkpoint: a folder, an id on the Hugging Face hub, or what `load_checkpoint` returned.
         trainable: keep published routers unfolded and let experts and routers have gradients.
             Otherwise routers are folded, exactly, and nothing that is added has gradients.
 
@@ -128,7 +135,7 @@ def attach(
         TypeError: a module that cannot be routed.
     """
     if isinstance(checkpoint, str | os.PathLike):
-        checkpoint = load_checkpoint(checkpoint)
+        checkpoint = load_checkpoint(_folder(checkpoint))
     checkpoint.validate()
     if not trainable:
         checkpoint = checkpoint.folded(_router_dtype(model))
@@ -144,15 +151,20 @@ def attach(
         if name not in linears:
             raise ValueError(f"the checkpoint routes {name}, which the model does not have")
 
-    state, swaps = RoutingState(), {}
+    state, swaps = RoutingState(routed_tokens=config.routed_tokens), {}
     before = sum(p.numel() for p in model.parameters())
     for name in checkpoint.modules:
         swaps[name] = _routed(name, linears[name], config, checkpoint, trainable)
         swaps[name].routing = state
     for name, module in swaps.items():
         model.set_submodule(name, module)
-    _share_inputs(model, swaps)
-    fused = _fuse_mlps(model)
+    row = ARCHITECTURES.get(config.architecture)
+    fused = ()
+    if row is not None:
+        _share_inputs(swaps, row)
+        fused = _fuse_mlps(model, row)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = functools.partial(_save_base, model)
     after = sum(p.numel() for p in model.parameters())
     return AttachReport(tuple(swaps), fused, before, after - before)
 
@@ -173,6 +185,7 @@ def detach(model: nn.Module) -> nn.Module:
     for name, module in routed.items():
         module.synchronise_base()
         model.set_submodule(name, module.base.train(module.training))
+    model.__dict__.pop("save_pretrained", None)
     return model
 
 
@@ -192,8 +205,8 @@ def seeded_checkpoint(
     """Make a checkpoint of random experts and routers: to start from, or to try things out.
 
     Args:
-        model: an architecture of the table.
-        target_modules: such as ("o_proj",).
+        model: the one that it is for.
+        target_modules: as in `target_linears`.
         ranks: one per expert; lora_alpha is twice the rank.
         layers: as in `target_linears`.
         router: "mlp" (as published) or "linear".
@@ -245,10 +258,39 @@ def seeded_checkpoint(
     return MoGUCheckpoint(config, tensors)
 
 
-def _share_inputs(model: nn.Module, swaps: dict[str, MoGULinear]) -> None:
+def _folder(checkpoint: str | os.PathLike) -> str | os.PathLike:
+    """A local folder: as it is, or fetched from the hub where it is an id and no folder."""
+    name = os.fspath(checkpoint)
+    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return checkpoint
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=[CONFIG_FILE, TENSORS_FILE])
+    except Exception as error:  # the hub raises what its transport raises
+        raise ValueError(
+            f"{name} is no folder here, and the hub does not give it ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _save_base(model: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    """`save_pretrained` of an attached model: the base alone; experts are saved as a checkpoint."""
+    if state_dict is None:
+        routed = routed_modules(model)
+        added = {
+            f"{name}.{key}"
+            for name, module in routed.items()
+            for key in set(module.state_dict()) - set(module.base.state_dict())
+        }
+        state_dict = {k: tensor for k, tensor in model.state_dict().items() if k not in added}
+    type(model).save_pretrained(model, *args, state_dict=state_dict, **kwargs)
+
+
+def _share_inputs(swaps: dict[str, MoGULinear], row: Architecture) -> None:
     """Let the routed projections of one parent that read the same hidden states shrink together."""
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in swaps):
-        for names in SHARED_INPUTS:
+        for names in row.shared_inputs:
             members = [swaps[f"{parent}.{n}"] for n in names if f"{parent}.{n}" in swaps]
             if SharedInput.can_share(members):
                 shared = SharedInput(members)
@@ -256,13 +298,15 @@ def _share_inputs(model: nn.Module, swaps: dict[str, MoGULinear]) -> None:
                     member.shared_input = shared
 
 
-def _fuse_mlps(model: nn.Module) -> tuple[str, ...]:
+def _fuse_mlps(model: nn.Module, row: Architecture) -> tuple[str, ...]:
     """Swap gated MLPs whose gate_proj and up_proj are routed alike; their names."""
-    activation = ACTIVATIONS.get(getattr(getattr(model, "config", None), "hidden_act", None) or "")
+    config = getattr(model, "config", None)
+    names = (getattr(config, key, None) for key in ("hidden_activation", "hidden_act"))
+    activation = ACTIVATIONS.get(next(filter(None, names), ""))
     fused = []
     mlps: dict[str, Any] = dict(model.named_modules())
     for name, mlp in mlps.items():
-        if activation is None or type(mlp).__name__ not in GATED_MLPS:
+        if activation is None or type(mlp).__name__ != row.gated_mlp:
             continue
         pair = (mlp.gate_proj, mlp.up_proj)
         if not all(isinstance(module, MoGULinear) for module in pair):
@@ -300,7 +344,10 @@ def _routed(
             f"{[linear.out_features, linear.in_features]}"
         )
     if linear.weight.is_meta:
-        raise ValueError(f"{name} is on the meta device: load the model before attaching")
+        raise ValueError(
+            f"{name} is on the meta device: load the model before attaching, or, if it is to be "
+            "offloaded, attach first and dispatch afterwards"
+        )
     module = MoGULinear.from_linear(
         linear,
         config.rank,
@@ -310,6 +357,9 @@ def _routed(
         scaling=config.scaling,
         router_hidden=config.router_hidden,
     )
+    row = ARCHITECTURES.get(config.architecture)
+    if row and type(linear).__name__ in row.plain_linears:
+        module.is_fused = has_plain_weight(linear)
     parameters = dict(module.named_parameters())
     for key, tensor in tensors.items():
         parameters[key].requires_grad_(trainable)

@@ -298,6 +298,8 @@ class SharedInput:
         """Whether x is to be shrunk for all members at once."""
         if torch.compiler.is_compiling():  # a compiled graph keeps no state between modules
             return False
+        if any(is_wrapped(member) for member in self.members):
+            return False
         first = self.members[0]
         return ops.takes_two_launches(x, first.num_experts * first.rank) and not any(
             ops.needs_grad(x, *m.parameters()) for m in self.members
@@ -385,7 +387,7 @@ class MoGUGatedMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., in_features] -> [..., down_proj.out_features]."""
         pair = (self.gate_proj, self.up_proj)
-        if not all(module.routing.enabled and module.is_fused for module in pair):
+        if not all(m.routing.enabled and m.is_fused and not is_wrapped(m) for m in pair):
             gated = self.act_fn(self.gate_proj(hidden_states))
             return self.down_proj(gated * self.up_proj(hidden_states))
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -431,11 +433,23 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling `linear` is one GEMM with a plain weight, and nothing more."""
-    weight = linear._parameters.get("weight")
     return (
         isinstance(linear, nn.Linear)
         and type(linear).forward is nn.Linear.forward
-        and "forward" not in linear.__dict__
+        and has_plain_weight(linear)
+    )
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether its forward was replaced, as accelerate does to bring offloaded weights in time."""
+    return "forward" in module.__dict__
+
+
+def has_plain_weight(linear: nn.Module) -> bool:
+    """Whether its weight can be read by a kernel, and nothing but its class's forward is called."""
+    weight = linear._parameters.get("weight")
+    return (
+        not is_wrapped(linear)
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         and weight is not None
         and type(weight.data) is Tensor

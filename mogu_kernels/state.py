@@ -15,12 +15,15 @@ class RoutingState:
 
     Attributes:
         enabled: False makes every module the plain linear it replaced.
-        sequences: bool [batch], the sequences of the batch to route; None routes all.
+        sequences: bool [batch], the sequences of the batch to route, or bool [batch, tokens], the
+            tokens of one pass; None routes all.
+        routed_tokens: answer tokens that the checkpoint routes; None for all.
         log: while gates are recorded, a list of gates per module name.
     """
 
     enabled: bool = True
     sequences: Tensor | None = None
+    routed_tokens: int | None = 5
     log: dict[str, list[Tensor]] | None = None
 
     def tokens(self, hidden_states: Tensor) -> Tensor | None:
@@ -31,19 +34,40 @@ class RoutingState:
         """
         if self.sequences is None:
             return None
-        if hidden_states.ndim < 2 or len(self.sequences) != len(hidden_states):
+        if self.sequences.ndim > 1 and self.sequences.shape == hidden_states.shape[:-1]:
+            return self.sequences.reshape(-1)
+        if (
+            self.sequences.ndim > 1
+            or hidden_states.ndim < 2
+            or len(self.sequences) != len(hidden_states)
+        ):
             raise ValueError(
-                f"the routing mask has {len(self.sequences)} sequences but hidden_states is "
+                f"the routing mask is {list(self.sequences.shape)} but hidden_states is "
                 f"{list(hidden_states.shape)}"
             )
         mask = self.sequences.view(-1, *[1] * (hidden_states.ndim - 2))
         return mask.expand(hidden_states.shape[:-1]).reshape(-1)
 
+    @contextlib.contextmanager
+    def routed(self, enabled: bool | Tensor) -> Iterator[None]:
+        """`routing` without looking for the modules, which takes a millisecond in a large model."""
+        before = self.enabled, self.sequences
+        if isinstance(enabled, Tensor):
+            self.enabled, self.sequences = True, enabled
+        else:
+            self.enabled, self.sequences = bool(enabled), None
+        try:
+            yield
+        finally:
+            self.enabled, self.sequences = before
+
     def record(self, name: str, gates: Tensor, hidden_states: Tensor) -> None:
         """Note the gates [M, E] of one pass of a module."""
         if self.log is not None and name:  # unnamed: outside the model that is being recorded
-            shape = hidden_states.shape[:-1]
-            self.log.setdefault(name, []).append(gates.view(*shape, gates.shape[-1]))
+            gates = gates.view(*hidden_states.shape[:-1], gates.shape[-1])
+            if self.sequences is not None and self.sequences.ndim > 1:
+                gates = gates[:, self.sequences.any(0)]
+            self.log.setdefault(name, []).append(gates)
 
 
 def routed_modules(model: nn.Module) -> dict[str, Any]:
@@ -62,7 +86,7 @@ def routed_modules(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _state(model: nn.Module) -> RoutingState:
+def routed_state(model: nn.Module) -> RoutingState:
     """The state that the routed modules of `model` share, made common if they have several."""
     modules = routed_modules(model).values()
     state = next(iter(modules)).routing
@@ -77,26 +101,20 @@ def routing(model: nn.Module, enabled: bool | Tensor) -> Iterator[None]:
 
     Args:
         model: with routed projections in it.
-        enabled: True, False, or bool [batch] on the model's device.
+        enabled: True, False, bool [batch] on the model's device or, for one pass, bool
+            [batch, tokens].
 
     Raises:
         TypeError: a mask that is not bool.
         ValueError: the model has no routed projection.
     """
-    state = _state(model)
+    state = routed_state(model)
     if isinstance(enabled, Tensor) and enabled.dtype != torch.bool:
         raise TypeError(f"the routing mask is {enabled.dtype}: take a bool mask, one per sequence")
-    if isinstance(enabled, Tensor) and enabled.ndim != 1:
+    if isinstance(enabled, Tensor) and enabled.ndim not in (1, 2):
         raise ValueError(f"the routing mask is {list(enabled.shape)}: take one entry per sequence")
-    before = state.enabled, state.sequences
-    if isinstance(enabled, Tensor):
-        state.enabled, state.sequences = True, enabled
-    else:
-        state.enabled, state.sequences = bool(enabled), None
-    try:
+    with state.routed(enabled):
         yield
-    finally:
-        state.enabled, state.sequences = before
 
 
 @contextlib.contextmanager
@@ -110,7 +128,7 @@ def record_gates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     Raises:
         ValueError: the model has no routed projection, or gates are being recorded already.
     """
-    state = _state(model)
+    state = routed_state(model)
     if state.log is not None:
         raise ValueError("gates are being recorded already: close that context first")
     modules = routed_modules(model)

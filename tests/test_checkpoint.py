@@ -127,6 +127,12 @@ def test_a_failed_save_leaves_the_previous_checkpoint(call, tmp_path, monkeypatc
         ({"router": "cnn"}, ValueError, "router='cnn'"),
         ({"router_hidden": 0}, ValueError, "router_hidden=0"),
         ({"routed_tokens": -1}, ValueError, "routed_tokens=-1"),
+        ({"format_version": True}, TypeError, "format_version=True: take int"),
+        ({"ranks": (4, 2**31)}, ValueError, "take at most 2,147,483,647"),
+        ({"lora_alpha": (1.0, 10**400)}, ValueError, r"lora_alpha=\(1.0, 1000.*\.\.\..*finite"),
+        ({"architecture": "../x"}, ValueError, r"architecture='../x': take the name of a class"),
+        ({"expert_names": ("glad", "../x")}, ValueError, "take up to 64 letters, digits, _ and -"),
+        ({"target_modules": ("a/b",)}, ValueError, r"\('a/b',\): take ends of module names"),
     ],
 )
 def test_impossible_configs_are_named(changes, error, match):
@@ -141,6 +147,8 @@ def test_impossible_configs_are_named(changes, error, match):
         (lambda d: d | {"colour": "red"}, "unknown keys in the config: colour"),
         (lambda d: {k: v for k, v in d.items() if k != "ranks"}, "missing in the config: ranks"),
         (lambda d: [d], "holds a list"),
+        (lambda d: d | {"lora_alpha": [1, float("nan")]}, "is not JSON: NaN is no number"),
+        (lambda d: d | {"provenance": "x" * 2**20}, r"a config has at most 1,048,576"),
     ],
 )
 def test_a_foreign_config_file_is_named(change, match, tmp_path):
@@ -168,7 +176,9 @@ def _set(key, value):
         (_set("lora_A", torch.zeros(2, 3, 6)), r"lora_A is \[2, 3, 6\].*\[2, 4, 6\]"),
         (_set("lora_A", torch.zeros(())), r"lora_A is \[\]"),
         (_set("gate_bias", torch.zeros(2).half()), "gate_bias is torch.float16.*fp32"),
-        (_set("lora_B", torch.zeros(2, 7, 4).int()), "lora_B is torch.int32"),
+        (_set("lora_B", torch.zeros(2, 7, 4).int()), "lora_B is torch.int32: take float16, bf"),
+        (_set("lora_B", torch.zeros(2, 7, 4).to(torch.float8_e5m2)), "lora_B is torch.float8"),
+        (_set("lora_B", torch.zeros(2, 0, 4)), r"\[2, 0, 4\]: a projection has at least one"),
         (_set("lora_B", torch.zeros(2, 7, 4).half()), "lora_A is torch.float32 but lora_B"),
         (_set("lora_B", torch.full((2, 7, 4), float("nan"))), "lora_B has NaN or Inf"),
         (_set("gate_bias", torch.tensor([0, float("inf")])), "gate_bias has NaN or Inf"),
@@ -199,11 +209,43 @@ def test_a_truncated_file_is_named(keep, tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_malformed_json_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", r"mogu_config.json is not JSON"),
+        ('{"ranks": 1, "gate": 2, "ranks": 3}', "is not JSON: the key 'ranks' stands there twice"),
+        ("[" * 10**5, "is nested too deeply"),
+    ],
+)
+def test_malformed_json_is_named(text, match, tmp_path):
     save_checkpoint(example(), tmp_path)
-    (tmp_path / checkpoint.CONFIG_FILE).write_text("{")
-    with pytest.raises(ValueError, match=r"mogu_config.json is not JSON"):
+    (tmp_path / checkpoint.CONFIG_FILE).write_text(text)
+    with pytest.raises(ValueError, match=match):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}])
+def test_provenance_that_is_no_json_leaves_the_previous_checkpoint(value, tmp_path):
+    save_checkpoint(example(), tmp_path)
+    broken = MoGUCheckpoint(config(provenance={"loss": value}), example().tensors)
+    with pytest.raises(ValueError, match=r"mogu_config.json cannot be written as JSON"):
+        save_checkpoint(broken, tmp_path)
+    assert same(load_checkpoint(tmp_path), example())
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "/x", "a..b", ".a", "a.", "a b", "é", "a" * 201])
+def test_a_name_that_no_module_can_have_is_refused(name):
+    broken = example()
+    broken.tensors[f"{name}.o_proj.lora_A"] = torch.zeros(2, 4, 6)
+    with pytest.raises(ValueError, match="cannot be a tensor's name: take at most 200 letters"):
+        broken.validate()
+
+
+@pytest.mark.parametrize("targets", [("self_attn.o_proj",), ("model.layers.*.o_proj",)])
+def test_targets_may_be_ends_of_names_or_patterns(targets, tmp_path):
+    original = MoGUCheckpoint(config(target_modules=targets), example().tensors)
+    save_checkpoint(original, tmp_path)
+    assert same(load_checkpoint(tmp_path), original)
 
 
 def test_pickled_files_are_never_read(tmp_path):

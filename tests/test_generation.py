@@ -1,5 +1,7 @@
 """Routed decoding against the published procedure."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -23,13 +25,160 @@ def ours(model, ids, **kwargs):
     return mk.generate(model, ids, **{"max_new_tokens": 12, "do_sample": False} | kwargs)
 
 
-@pytest.mark.parametrize("m", [0, 1, 5, 12, 20])
+exact = pytest.mark.parametrize("handoff", ["shadow", "replay"])
+
+
+@exact
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("m", [0, 1, 2, 5, 12, 20])
 @pytest.mark.parametrize("seed", range(3))
-def test_greedy_tokens_are_the_published_ones(models, m, seed):
+def test_greedy_tokens_are_the_published_ones(models, m, seed, handoff, cache):
     attached, published, base = models
-    ids = tiny.prompt(seed=seed)
+    ids = tiny.prompt(tokens=4 + 6 * seed, seed=seed)
     expected = reference.mogu_generate(published, base, ids, 12, routed_tokens=m)
-    assert torch.equal(ours(attached, ids, routed_tokens=m, eos_token_id=None), expected)
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    out = ours(attached, ids, routed_tokens=m, eos_token_id=None, handoff=handoff, **options)
+    assert torch.equal(out, expected)
+
+
+def test_keeping_the_routed_cache_is_another_answer(models):
+    attached, published, base = models
+    ids = tiny.prompt(seed=2)
+    kept = ours(attached, ids, handoff="keep", eos_token_id=None)
+    expected = reference.mogu_generate(published, base, ids, 12)
+    assert torch.equal(kept[:, : 9 + 5], expected[:, : 9 + 5])
+    assert not torch.equal(kept, expected)
+    # by hand: the routed model's cache and the base model's weights
+    with torch.no_grad(), mk.routing(attached, True):
+        out = attached(expected[:, : 9 + 4])
+    with torch.no_grad(), mk.routing(attached, False):
+        out = attached(expected[:, 13:14], past_key_values=out.past_key_values)
+    assert out.logits[0, -1].argmax() == kept[0, 14]
+
+
+@exact
+def test_transformers_takes_it_as_a_decoding_method(models, handoff):
+    attached, *_ = models
+    ids = tiny.prompt()
+    out = attached.generate(
+        ids,
+        custom_generate=mk.generate,
+        handoff=handoff,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert torch.equal(out, ours(attached, ids, eos_token_id=None))
+    few = attached.generate(
+        ids, custom_generate=mk.generate, routed_tokens=2, max_new_tokens=9, do_sample=False
+    )
+    assert torch.equal(few, ours(attached, ids, routed_tokens=2, max_new_tokens=9))
+
+
+def test_the_number_of_routed_tokens_is_the_checkpoints(models):
+    _, published, base = models
+    model = tiny.llama()
+    checkpoint = tiny.checkpoint(model, tiny.EVERY_TARGET)
+    checkpoint.config = dataclasses.replace(checkpoint.config, routed_tokens=2)
+    mk.attach(model, checkpoint)
+    ids = tiny.prompt()
+    expected = reference.mogu_generate(published, base, ids, 12, routed_tokens=2)
+    assert torch.equal(ours(model, ids, eos_token_id=None), expected)
+
+
+class Listener:
+    """What a streamer is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+@exact
+def test_a_streamer_gets_every_token_once_and_the_end(models, handoff):
+    attached, *_ = models
+    listener = Listener()
+    out = ours(attached, tiny.prompt(), streamer=listener, handoff=handoff, eos_token_id=None)
+    assert torch.equal(torch.cat([t.view(-1) for t in listener.tokens]), out[0])
+    assert listener.ended
+    assert len(listener.tokens) == 1 + 12
+
+
+@exact
+def test_a_mask_answers_some_sequences_by_the_base_model_alone(models, handoff):
+    attached, published, base = models
+    ids = tiny.prompt(batch=3)
+    mask = torch.tensor([True, False, True])
+    out = ours(attached, ids, routed=mask, handoff=handoff, eos_token_id=None)
+    for row, on in enumerate(mask):
+        alone = reference.mogu_generate(published if on else base, base, ids[row : row + 1], 12)
+        assert torch.equal(out[row], alone[0])
+    with mk.routing(attached, mask):
+        assert torch.equal(ours(attached, ids, handoff=handoff, eos_token_id=None), out)
+
+
+def test_sampling_gives_the_same_tokens_in_both_exact_modes(models):
+    attached, *_ = models
+    answers = []
+    for handoff in ("shadow", "replay"):
+        torch.manual_seed(3)
+        kwargs = {"do_sample": True, "num_return_sequences": 4, "temperature": 2.0}
+        answers.append(ours(attached, tiny.prompt(batch=2), handoff=handoff, **kwargs))
+    assert torch.equal(*answers)
+
+
+class Counted:
+    """Tokens that every layer reads: routed, and not."""
+
+    def __init__(self, model):
+        self.read = {True: [0] * len(model.model.layers), False: [0] * len(model.model.layers)}
+        state = next(m.routing for m in model.modules() if isinstance(m, mk.MoGULinear))
+        for number, layer in enumerate(model.model.layers):
+            layer.input_layernorm.register_forward_pre_hook(
+                lambda module, inputs, number=number: self.add(state, number, inputs[0])
+            )
+
+    def add(self, state, number, hidden_states):
+        mask = state.tokens(hidden_states) if state.enabled else None
+        tokens = hidden_states.shape[:-1].numel()
+        routed = 0 if not state.enabled else tokens if mask is None else int(mask.sum())
+        self.read[True][number] += routed
+        self.read[False][number] += tokens - routed
+
+
+@exact
+def test_layers_below_the_first_routed_one_are_computed_once(handoff):
+    base, model = tiny.llama(num_hidden_layers=4), tiny.llama(num_hidden_layers=4)
+    checkpoint = tiny.checkpoint(model, layers=[2, 3])
+    published = published_model(base, checkpoint)
+    mk.attach(model, checkpoint)
+    count = Counted(model)
+    ids = tiny.prompt(20)
+    out = ours(model, ids, handoff=handoff, eos_token_id=None)
+    assert torch.equal(out, reference.mogu_generate(published, base, ids, 12))
+    assert count.read[True] == [20 + 4] * 4
+    # the base model reads prompt and routed tokens in the upper half alone, but for the last one
+    assert count.read[False] == [1 + 6, 1 + 6, 20 + 5 + 6, 20 + 5 + 6]
+
+
+@pytest.mark.parametrize("targets", [("o_proj",), ("q_proj",)])
+def test_a_shadow_is_read_beside_the_routed_tokens(targets):
+    model = tiny.llama()
+    mk.attach(model, tiny.checkpoint(model, targets))
+    widths = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(
+            (args or (kwargs["hidden_states"],))[0].shape[1]
+        ),
+        with_kwargs=True,
+    )
+    ours(model, tiny.prompt(20), max_new_tokens=8, eos_token_id=None)
+    assert widths == [20, 5 + 1, 5 + 1, 5 + 1, 5 + 1, 0 + 5, 1, 1]
 
 
 def test_the_routed_tokens_and_the_base_both_matter(models):
@@ -134,14 +283,30 @@ def test_a_generation_config_is_taken_and_not_changed(models):
     [
         ({"handoff": "guess"}, "handoff='guess'"),
         ({"routed_tokens": -1}, "routed_tokens=-1"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"num_beams": 3}, "num_beams=3: beam search is not supported"),
-        ({"streamer": object()}, "streaming is not supported"),
+        ({"assistant_model": tiny}, "assisted decoding is not supported"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted decoding is not supported"),
+        ({"return_dict_in_generate": True}, "a dictionary of outputs is not supported"),
+        ({"use_cache": False}, "needs a KV cache: leave use_cache=True"),
+        ({"synced_gpus": True}, "synced_gpus=True"),
+        (
+            {"routed": torch.ones(5, dtype=torch.bool)},
+            r"routed is \[5\], but there are 1 sequences",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(models, kwargs, match):
     with pytest.raises(ValueError, match=match):
         ours(models[0], tiny.prompt(), **kwargs)
+
+
+def test_a_mask_of_numbers_and_a_filled_cache_are_named(models):
+    attached, *_ = models
+    with pytest.raises(TypeError, match=r"routed is torch.float32: take a bool mask"):
+        ours(attached, tiny.prompt(), routed=torch.ones(1))
+    cache = attached(tiny.prompt(4)).past_key_values
+    with pytest.raises(ValueError, match="hold 4 tokens, but not whether they were routed"):
+        ours(attached, tiny.prompt(9), past_key_values=cache)
 
 
 def test_an_unattached_model_is_named(models):

@@ -243,7 +243,7 @@ def test_bad_calls_are_named(call, error, match):
 def test_a_routing_mask_for_another_batch_is_named():
     module = routed()
     mask = torch.tensor([True, False])
-    with mk.routing(module, mask), pytest.raises(ValueError, match=r"2 sequences.*\[3, 5, 24\]"):
+    with mk.routing(module, mask), pytest.raises(ValueError, match=r"mask is \[2\] .*\[3, 5, 24\]"):
         module(torch.randn(3, 5, 24))
 
 
@@ -278,8 +278,21 @@ def test_a_module_made_on_the_meta_device_can_be_given_memory():
 
 
 def test_a_routing_mask_of_another_shape_is_named():
-    with pytest.raises(ValueError, match=r"\[2, 3\]: take one entry per sequence"):
-        mk.routing(routed(), torch.ones(2, 3).bool()).__enter__()
+    with pytest.raises(ValueError, match=r"\[2, 3, 1\]: take one entry per sequence"):
+        mk.routing(routed(), torch.ones(2, 3, 1).bool()).__enter__()
+
+
+def test_a_mask_of_tokens_routes_and_records_those_alone():
+    module, x = routed(), torch.randn(2, 5, 24)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[:, 3] = True
+    everything, plain = module(x), nn.functional.linear(x, module.weight, module.bias)
+    with mk.record_gates(module) as gates, mk.routing(module, mask):
+        y = module(x)
+    torch.testing.assert_close(y[:, 3], everything[:, 3])
+    torch.testing.assert_close(y[:, :3], plain[:, :3])
+    (recorded,) = gates.values()
+    assert recorded.shape == (2, 1, 2)
 
 
 def test_gates_of_one_part_of_a_model_can_be_recorded():
