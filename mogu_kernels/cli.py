@@ -6,7 +6,6 @@ stderr, and only on a terminal; with `--json` stdout is one JSON document.
 
 import contextlib
 import json
-import logging
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 import mogu_kernels as mk
 from mogu_kernels import doctor, inspection, plots
+from mogu_kernels.hf import load_pretrained
 from mogu_kernels.router import split_gate_weight
 
 try:
@@ -122,7 +122,7 @@ def generate(
     if handoff is not None:
         options["handoff"] = handoff
     with tqdm(total=1 + len(prompts), desc="loading", disable=None, leave=False) as bar:
-        language_model, tokenizer = _load(model)
+        language_model, tokenizer = load_pretrained(model)
         mk.attach(language_model, loaded)
         bar.update()
         bar.set_description("answering")
@@ -200,11 +200,14 @@ def convert_official(
     unwill: Unwill,
     glad: Glad,
     router: Annotated[Path, typer.Option(help="The published router's .pth file.")],
+    architecture: Annotated[
+        str | None, typer.Option(help="Of the base; Llama or Falcon by the router's names.")
+    ] = None,
 ) -> None:
     """Make a checkpoint of the published files."""
     from mogu_kernels import convert
 
-    _convert(lambda: convert.from_official(unwill, glad, router), out)
+    _convert(lambda: convert.from_official(unwill, glad, router, architecture=architecture), out)
 
 
 @convert_app.command("export", epilog="Example: mogu convert export checkpoint-dir out")
@@ -278,25 +281,6 @@ def _routed_tokens(option: str | None, own: int | None) -> int | None:
     if not option.isdecimal():
         raise typer.BadParameter(f"{option!r}: take a number or all", param_hint="--routed-tokens")
     return int(option)
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    """(model in eval mode on this machine's device, tokenizer) of a folder or a hub id."""
-    path = Path(name)
-    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if (is_path or path.is_dir()) and not (path / "config.json").is_file():
-        raise ValueError(
-            f"{name} has no config.json: take a folder that save_pretrained wrote, or a hub id"
-        )
-    for noisy in ("torchao", "torch.utils._pytree"):  # GPU libraries that a CPU does not have
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as bars
-
-    bars.disable_progress_bar()  # ours is the only one
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def _encode(tokenizer: Any, prompt: str, chat_template: bool) -> Tensor:

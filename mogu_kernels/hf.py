@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import logging
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -256,6 +258,30 @@ def seeded_checkpoint(
             }
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
     return MoGUCheckpoint(config, tensors)
+
+
+def load_pretrained(name: str) -> tuple[Any, Any]:
+    """(model in eval mode on this machine's device, tokenizer) of a folder or a hub id.
+
+    Raises:
+        ValueError: a path without a model.
+        OSError: an id that the hub does not give.
+    """
+    path = Path(name)
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if (is_path or path.is_dir()) and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{name} has no config.json: take a folder that save_pretrained wrote, or a hub id"
+        )
+    for noisy in ("torchao", "torch.utils._pytree"):  # GPU libraries that a CPU does not have
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as bars
+
+    bars.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def _folder(checkpoint: str | os.PathLike) -> str | os.PathLike:

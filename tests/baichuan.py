@@ -1,6 +1,6 @@
 """Baichuan2's interface in our own words: its remote code cannot be fetched here.
 
-What a swap sees is what it has there: class and module names, `W_pack` for q, k and v in one linear,
+What a swap sees is what it has there: the names of classes and modules, `W_pack` for q, k and v,
 a gated MLP of class `MLP`, and a `NormHead` that normalises its own weight in place at the first
 call in eval mode.
 """

@@ -255,7 +255,7 @@ def convert(monkeypatch, folders):
         return mk.load_checkpoint(folders / "mlp")
 
     def from_official(unwill, glad, router, *, architecture=None, base_model=None):
-        calls.append({"unwill": unwill, "glad": glad, "router": router})
+        calls.append({"unwill": unwill, "glad": glad, "router": router, "of": architecture})
         return mk.load_checkpoint(folders / "linear")
 
     def to_peft(checkpoint, folder):
@@ -284,7 +284,11 @@ def test_convert_peft_saves_a_checkpoint(convert, run, tmp_path):
 def test_convert_official_does_not_swap_the_experts(convert, run, tmp_path):
     command = ("convert", "official", "--unwill", "u", "--glad", "g", "--router", "r.pth")
     assert run(*command, tmp_path / "out")[0] == 0
-    assert convert == [{"unwill": Path("u"), "glad": Path("g"), "router": Path("r.pth")}]
+    expected = {"unwill": Path("u"), "glad": Path("g"), "router": Path("r.pth"), "of": None}
+    assert convert == [expected]
+    other = ("--architecture", "BaichuanForCausalLM")
+    assert run(*command, *other, tmp_path / "out")[0] == 0
+    assert convert[1] == expected | {"of": "BaichuanForCausalLM"}
     assert mk.load_checkpoint(tmp_path / "out").config.gate == "softmax"
 
 

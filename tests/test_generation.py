@@ -217,6 +217,24 @@ def test_a_left_padded_batch_answers_as_each_prompt_alone(models):
         assert (stopped[row, 9 + length :] == 258).all()
 
 
+def test_padding_and_neighbours_do_not_reach_a_gate(models):
+    attached, *_ = models
+    ids = torch.full((2, 9), 258)
+    ids[0, 5:], ids[1] = tiny.prompt(4, seed=4)[0], tiny.prompt(9)[0]
+    mask = (ids != 258).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), mk.record_gates(attached) as together:
+        attached(ids, attention_mask=mask, position_ids=positions)
+    ids[1] = tiny.prompt(9, seed=7)[0]
+    with torch.no_grad(), mk.record_gates(attached) as others:
+        attached(ids, attention_mask=mask, position_ids=positions)
+    with torch.no_grad(), mk.record_gates(attached) as alone:
+        attached(ids[:1, 5:])
+    for name, gates in together.items():
+        assert torch.equal(gates[0], others[name][0])  # to the bit, whatever the neighbour is
+        torch.testing.assert_close(gates[0, 5:], alone[name][0], rtol=0, atol=1e-5)
+
+
 def test_routed_tokens_none_routes_throughout(models):
     attached, published, _ = models
     ids = tiny.prompt()

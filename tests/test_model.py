@@ -17,7 +17,23 @@ PROMPTS = (
     "Write one sentence about the sea.",
     "What is the capital of France, and how many people live there?",
     "List three ways to learn a language faster.",
+    "Explain what a prime number is to a child of eight years, with two examples.",
+    "Name a fruit.",
+    "Who wrote Hamlet?",
+    "How does a bicycle stay upright?",
+    "Translate 'good morning' into Spanish.",
+    "What is the difference between a frog and a toad?",
+    "Give me a recipe for tomato soup that takes less than half an hour.",
+    "Why do leaves change their colour in autumn?",
+    "Summarise the water cycle in three sentences.",
+    "What does a conductor do in an orchestra?",
+    "How many minutes are there in a week?",
+    "Suggest a name for a small grey cat.",
+    "What should I pack for two days in the mountains?",
+    "How is paper made?",
+    "Tell me a joke about a snail.",
 )
+NEW_TOKENS = 48
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +53,38 @@ def encode(tokenizer, prompt):
     return tokenizer.apply_chat_template(messages, **kwargs)["input_ids"]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_64_greedy_tokens_are_the_published_ones(setting, prompt):
-    base, published, attached, tokenizer = setting
-    ids = encode(tokenizer, prompt)
-    expected = reference.mogu_generate(published, base, ids, max_new_tokens=64)
-    out = mk.generate(attached, ids, max_new_tokens=64, do_sample=False, eos_token_id=None)
-    assert out.shape == (1, ids.shape[1] + 64)
-    assert out[0].tolist() == expected[0].tolist()
+@pytest.fixture(scope="module")
+def published_answers(setting):
+    """(prompt, answer) of every prompt by the published procedure, as lists of tokens."""
+    base, published, _, tokenizer = setting
+    answers = []
+    for prompt in PROMPTS:
+        ids = encode(tokenizer, prompt)
+        out = reference.mogu_generate(published, base, ids, max_new_tokens=NEW_TOKENS)
+        answers.append((ids[0].tolist(), out[0, ids.shape[1] :].tolist()))
+    return answers
+
+
+@pytest.mark.parametrize("handoff", ["shadow", "replay"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_greedy_tokens_are_the_published_ones(setting, published_answers, handoff, batch):
+    _, _, attached, tokenizer = setting
+    for first in range(0, len(PROMPTS), batch):
+        some = published_answers[first : first + batch]
+        width = max(len(prompt) for prompt, _ in some)
+        pad = tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt, _ in some])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in some])
+        out = mk.generate(
+            attached,
+            ids,
+            attention_mask=mask,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            handoff=handoff,
+        )
+        assert out[:, width:].tolist() == [answer for _, answer in some]
 
 
 def test_routing_changes_the_answer(setting):
