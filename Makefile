@@ -80,6 +80,8 @@ sanitize: setup  ## the CPU backend under the address, undefined-behaviour and t
 	  "from mogu_kernels import cpu; print(*cpu.instruction_sets())")
 
 cross:  ## the CPU backend built for aarch64 and run by an emulator
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64 > /dev/null || \
+	  { echo "make cross needs g++-aarch64-linux-gnu and qemu-user"; exit 1; }
 	mkdir -p out
 	aarch64-linux-gnu-g++ $(NATIVE) -static csrc/portable.cpp tests/native/check.cpp -o out/check
 	qemu-aarch64 out/check portable

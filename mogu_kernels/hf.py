@@ -76,7 +76,9 @@ def target_linears(
         TypeError: a target that is not an `nn.Linear`.
     """
     row = ARCHITECTURES.get(_architecture(model))
-    for target in target_modules if row else ():
+    for target in target_modules:
+        if row is None:
+            break
         if target.rpartition(".")[2] not in row.projections:
             raise ValueError(
                 f"{target!r} is no projection of {_architecture(model)}: take any of "
@@ -166,7 +168,7 @@ def attach(
         _share_inputs(swaps, row)
         fused = _fuse_mlps(model, row)
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = functools.partial(_save_base, model)
+        vars(model)["save_pretrained"] = functools.partial(_save_base, model)
     after = sum(p.numel() for p in model.parameters())
     return AttachReport(tuple(swaps), fused, before, after - before)
 
@@ -221,8 +223,9 @@ def seeded_checkpoint(
     Raises:
         ValueError: as `target_linears` and `MoGUConfig`.
     """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or "unnamed"
     config = MoGUConfig(
-        base_model=getattr(getattr(model, "config", None), "_name_or_path", "") or "unnamed",
+        base_model=Path(name).name if os.path.isabs(name) else name,
         architecture=_architecture(model),
         target_modules=tuple(target_modules),
         ranks=tuple(ranks),

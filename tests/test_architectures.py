@@ -13,20 +13,8 @@ from mogu_kernels.architectures import ARCHITECTURES, is_target
 from mogu_kernels.hf import seeded_checkpoint, target_linears
 from tests import baichuan, tiny
 
-SMALL = {
-    "vocab_size": 259,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
-WIDE_HEADS = SMALL | {"head_dim": 12}  # no projection is square
+WIDE_HEADS = tiny.SIZES  # no projection is square
+SMALL = {name: value for name, value in tiny.SIZES.items() if name != "head_dim"}
 FALCON = {
     name: value
     for name, value in SMALL.items()

@@ -9,27 +9,27 @@ from mogu_kernels.hf import seeded_checkpoint
 EVERY_TARGET = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+# bytes as tokens; grouped queries and another width inside, so no projection is square
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "initializer_range": 0.2,
+}
+
+
 def llama(dtype=torch.float32, **changes) -> LlamaForCausalLM:
-    """Bytes as tokens; grouped queries and another width inside, so no projection is square."""
+    """The model; `changes` go to its config."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 259,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 12,
-            "max_position_embeddings": 256,
-            "bos_token_id": 256,
-            "eos_token_id": 257,
-            "pad_token_id": 258,
-            "initializer_range": 0.2,
-            "architectures": ["LlamaForCausalLM"],
-        }
-        | changes
-    )
+    config = LlamaConfig(**SIZES | {"architectures": ["LlamaForCausalLM"]} | changes)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
