@@ -36,7 +36,7 @@ races: .venv-ttir/.done  ## what sentryward proves free of races on sm_80
 	$(TTIR)/python -m bench.races
 
 bench: setup  ## whole generation on the real model, interleaved; about ten minutes
-	$(BIN)/python -m bench.generation
+	env -u OMP_WAIT_POLICY $(BIN)/python -m bench.generation
 
 bench-cpu: setup  ## the CPU backend beside F.linear, PEFT and others, and in decoding; 25 minutes
 	$(BIN)/python -m bench.cpu

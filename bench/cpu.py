@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import multiprocessing
+import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,7 +193,9 @@ def main() -> None:
         f"at most {MOST_FROZEN} of them are needed. `ours / best`: the faster of the two stock "
         "linears in each round. `ours / without`: our GEMM with one expert of rank 1 instead. "
         f"{platform.machine()}, {', '.join(cpu.instruction_sets()[:1]) or 'not built'}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit {machine.commit()}. "
+        f"{torch.get_num_threads()} threads, OMP_WAIT_POLICY="
+        f"{os.environ.get('OMP_WAIT_POLICY', 'unset')}, torch {torch.__version__}, commit "
+        f"{machine.commit()}. "
         "Written by `make bench-cpu`.",
         "",
         *_markdown(header, lines),

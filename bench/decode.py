@@ -8,6 +8,7 @@ Routing stays on throughout; the base model shares its weights with the routed o
 
 import argparse
 import copy
+import os
 import platform
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def main() -> None:
         f"Batch 1, after a prompt of {PROMPT}, routing on throughout, the C++ backend "
         f"({', '.join(cpu.instruction_sets()[:1]) or 'not built'}). Medians and quartiles of "
         f"{rounds} interleaved rounds of {STEPS} tokens. {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, commit {machine.commit()}. "
+        f"{torch.get_num_threads()} threads, OMP_WAIT_POLICY="
+        f"{os.environ.get('OMP_WAIT_POLICY', 'unset')}, torch {torch.__version__}, commit "
+        f"{machine.commit()}. "
         "Written by `python -m bench.decode`.",
         "",
         "| dtype | routed | throughput / base | quartiles |",

@@ -5,6 +5,7 @@
 
 import argparse
 import itertools
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -90,13 +91,15 @@ def measure(rounds: int) -> dict[int, dict[str, list[dict[str, float]]]]:
 
 def report(found, memory) -> str:
     """Markdown: medians with quartiles, and the ratios that the project promises."""
+    rounds = len(next(iter(found.values()))["base"])
     lines = [
         f"# Whole generation, {NAME} (dequantised from Q4_1), o_proj routed",
         "",
         f"{NEW_TOKENS} new tokens, greedy, fp32, batch 1, {torch.get_num_threads()} threads, "
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, commit "
-        f"{machine.commit()}. Medians (quartiles) of interleaved rounds; compare ratios, not "
-        "times. Added: seconds more than base takes.",
+        f"{machine.commit()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}. Medians "
+        f"(quartiles) of {rounds} interleaved rounds; compare ratios, not times. Added: seconds "
+        "more than base takes.",
         "",
         "| | " + " | ".join(f"prompt of {length}" for length in found) + " | bound |",
         "|---|" + "---|" * (len(found) + 1),
@@ -105,11 +108,9 @@ def report(found, memory) -> str:
     def row(title, function, bound):
         cells = []
         for by_name in found.values():
-            rounds = [
-                dict(zip(by_name, each, strict=True))
-                for each in zip(*by_name.values(), strict=True)
-            ]
-            spread = timing.spread([function(own) for own in rounds])
+            interleaved = zip(*by_name.values(), strict=True)
+            own = [function(dict(zip(by_name, each, strict=True))) for each in interleaved]
+            spread = timing.spread(own)
             cells.append(f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})")
         lines.append(f"| {title} | " + " | ".join(cells) + f" | {bound} |")
 

@@ -88,6 +88,8 @@ constexpr int64_t RUN = 512;
 template <class T, int COUNT>
 static inline void meet(const typename Column<T>::Token* xs, const Vector* panel, int64_t steps,
                         Vector (*acc)[2]) {
+  if (steps == 0)
+    for (int t = 0; t < COUNT; ++t) acc[t][0] = acc[t][1] = Vector{};
   for (int64_t first = 0; first < steps; first += RUN) {
     Vector run[COUNT][2] = {};
     for (int64_t k = first, last = smaller(first + RUN, steps); k < last; ++k) {

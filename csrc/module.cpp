@@ -66,6 +66,7 @@ struct Reader {
       PyErr_Clear();
       fits = false;
     }
+    fits = fits && (view.t.data || view.is_empty());
     return view;
   }
 

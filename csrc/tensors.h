@@ -31,7 +31,7 @@ struct ExchangeApi {
 enum : int32_t { ON_CPU = 1 };
 enum : uint8_t { FLOAT = 2, BFLOAT = 4, BOOL = 6 };
 
-// One tensor; `good` turns false at the first thing that does not fit, and stays so.
+// One tensor.
 struct View {
   DLTensor t{};
 
@@ -48,6 +48,11 @@ struct View {
   }
   bool rows_are_contiguous() const {
     return t.strides[t.ndim - 1] == 1 || t.shape[t.ndim - 1] <= 1;
+  }
+  bool is_empty() const {
+    for (int axis = 0; axis < t.ndim; ++axis)
+      if (t.shape[axis] == 0) return true;
+    return false;
   }
   int64_t size(int axis) const { return t.shape[axis]; }
   int64_t stride(int axis) const { return t.strides[axis]; }

@@ -17,7 +17,7 @@ try:
     from mogu_kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
 
     _cpu.bind((Tensor, torch.nn.Parameter))
-except (ImportError, AttributeError):  # no compiler at install, or a torch that tells no addresses
+except (ImportError, AttributeError, ValueError):  # no compiler at install, or another torch
     _cpu: Any = None
 
 _NAMES: dict[torch.dtype, tuning.Dtype] = {

@@ -17,9 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mogu_kernels.modules import is_wrapped
 from mogu_kernels.state import routed_modules, routed_state
 
 _ATTENTIONS = ("sdpa", "eager")  # those that take a mask of any shape
+
+
+def has_fixed_positions(config: Any) -> bool:
+    """Whether a token's place alone says how it is rotated, not how much is read with it."""
+    nested = [getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)]
+    while nested:
+        values = nested.pop()
+        if not isinstance(values, dict):
+            continue
+        if values.get("rope_type", values.get("type")) in ("dynamic", "longrope"):
+            return False
+        nested += values.values()
+    return True
 
 
 class Sequences:
@@ -81,6 +95,8 @@ class Pass:
         )
         with self.state.routed(self.enabled):
             out = self.model(**inputs, return_dict=True)
+        if out.get("past_key_values") is not None:  # some models begin anew where positions change
+            self.cache = out.past_key_values
         self.read = stop
         return out.logits[:, -1].float()
 
@@ -122,7 +138,7 @@ class Keep:
 
     def hand_over(self) -> None:
         """Before the base model's first token."""
-        self.base.read = self.routed.read
+        self.base.cache, self.base.read = self.routed.cache, self.routed.read
 
 
 class Replay(Keep):
@@ -130,8 +146,19 @@ class Replay(Keep):
 
     def __init__(self, model, sequences, enabled, routed_tokens):
         super().__init__(model, sequences, enabled, routed_tokens)
-        self.base.cache = copy.deepcopy(sequences.cache)  # empty still
-        self.lower = None if routed_tokens is None else LowerLayers.of(model, sequences.cache)
+        self.lower, self.in_parts = None, False
+        if routed_tokens is None:
+            return
+        try:
+            self.base.cache = copy.deepcopy(sequences.cache)  # empty still
+        except TypeError as error:
+            raise ValueError(
+                f"{type(sequences.cache).__name__} cannot be copied ({error}), and the base model "
+                'needs one of its own: take the dynamic or the "static" cache'
+            ) from error
+        self.in_parts = has_fixed_positions(model.config)
+        if self.in_parts:
+            self.lower = LowerLayers.of(model, sequences.cache)
 
     def routed_logits(self, step):
         """The layers below the first routed one leave their outputs for the base model."""
@@ -152,12 +179,12 @@ class Shadow(Replay):
     def __init__(self, model, sequences, enabled, routed_tokens):
         super().__init__(model, sequences, enabled, routed_tokens)
         self.packed = None
-        if routed_tokens is not None and self.lower is None and Packed.fits(model, sequences):
+        if self.in_parts and self.lower is None and Packed.fits(model, sequences):
             self.packed = Packed(self.routed, self.base)
 
     def routed_logits(self, step):
         """Of routed token `step`; the base model is a part of the prompt behind."""
-        if step == 0 or self.routed_tokens is None:
+        if step == 0 or not self.in_parts or self.routed_tokens is None:
             return super().routed_logits(step)
         # equal shares of prompt and routed tokens, so that no gap between two tokens stands out
         prompt, m = self.sequences.prompt, self.routed_tokens
@@ -196,9 +223,14 @@ class Packed:
         """Whether the cache's columns may be of two kinds, and attention takes such a mask."""
         from transformers.cache_utils import DynamicLayer
 
-        plain = all(type(layer) is DynamicLayer for layer in sequences.cache.layers)
-        attention = getattr(model.config, "_attn_implementation", None)
-        return plain and bool(sequences.cache.layers) and attention in _ATTENTIONS
+        layers, config = sequences.cache.layers, model.config
+        return (
+            bool(layers)
+            and all(type(layer) is DynamicLayer for layer in layers)
+            and getattr(config, "_attn_implementation", None) in _ATTENTIONS
+            and sequences.positions is not None
+            and not getattr(config, "alibi", False)  # made of a mask [batch, tokens]
+        )
 
     def advance(self, stop: int) -> Tensor:
         """Read the last token, routed, and the base model's up to `stop`: logits of the first."""
@@ -218,9 +250,9 @@ class Packed:
         if s.positions is not None:
             positions = s.positions[..., new]
         enabled = ~is_base.to(device).expand(len(s.ids), -1)
-        if isinstance(self.routed.enabled, Tensor):
-            enabled = enabled & self.routed.enabled[:, None]
-        with self.routed.state.routed(enabled):
+        own = torch.as_tensor(self.routed.enabled, device=device)
+        enabled = enabled & own.view(-1, 1)
+        with self.routed.state.routed(enabled, recorded=slice(-1, None)):
             out = model(
                 input_ids=s.ids[:, new],
                 attention_mask=hidden,
@@ -246,6 +278,9 @@ class LowerLayers:
     def __init__(self, layers: nn.ModuleList, first: int):
         self.layers, self.first = layers, first
         self.outputs: list[Tensor] = []  # of the last of them, pass by pass
+        self.others: tuple[None, ...] | None = (
+            None  # what a layer gives besides hidden states, as so many None
+        )
 
     @classmethod
     def of(cls, model: Any, cache: Any) -> "LowerLayers | None":
@@ -263,16 +298,19 @@ class LowerLayers:
         if not isinstance(layers, nn.ModuleList) or len(cache.layers) != len(layers):
             return None
         plain = all(type(layer) is DynamicLayer for layer in cache.layers[:first])
-        return cls(layers, first) if first and plain else None
+        wrapped = any(is_wrapped(layer) for layer in layers[:first])
+        return cls(layers, first) if first and plain and not wrapped else None
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
         """Note what leaves the lower layers."""
-        handle = self.layers[self.first - 1].register_forward_hook(
-            lambda module, inputs, output: self.outputs.append(
-                output if isinstance(output, Tensor) else output[0]
-            )
-        )
+
+        def note(module, inputs, output):
+            whole = isinstance(output, Tensor)
+            self.outputs.append(output if whole else output[0])
+            self.others = None if whole else (None,) * (len(output) - 1)
+
+        handle = self.layers[self.first - 1].register_forward_hook(note)
         try:
             yield
         finally:
@@ -296,11 +334,11 @@ class LowerLayers:
 
     @contextlib.contextmanager
     def _skipped(self, hidden_states: Tensor) -> Iterator[None]:
-        """Lower layers hand on what they get; the last one hands on `hidden_states`."""
+        """Lower layers give `hidden_states`, which the first routed one takes from the last."""
         lower: Any = self.layers[: self.first]
+        given = hidden_states if self.others is None else (hidden_states, *self.others)
         for layer in lower:
-            layer.forward = lambda states, *args, **kwargs: states
-        lower[-1].forward = lambda states, *args, **kwargs: hidden_states
+            layer.forward = lambda *args, **kwargs: given
         try:
             yield
         finally:

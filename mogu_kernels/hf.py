@@ -155,7 +155,7 @@ def attach(
         if name not in linears:
             raise ValueError(f"the checkpoint routes {name}, which the model does not have")
 
-    state, swaps = RoutingState(routed_tokens=config.routed_tokens), {}
+    state, swaps = RoutingState(config.routed_tokens), {}
     before = sum(p.numel() for p in model.parameters())
     for name in checkpoint.modules:
         swaps[name] = _routed(name, linears[name], config, checkpoint, trainable)

@@ -1,30 +1,67 @@
 """What the routed modules of a model share, and the contexts that act on all of them."""
 
 import contextlib
-import dataclasses
+import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclasses.dataclass
+class Routing(NamedTuple):
+    """What is routed in a pass: see `RoutingState`, which has an attribute for each."""
+
+    enabled: bool = True
+    sequences: Tensor | None = None
+    recorded: slice = slice(None)
+
+
 class RoutingState:
     """What the routed modules of one model share; copied with the model, restored by contexts.
+
+    A context counts for the thread that opened it, so that threads may use one model at once; a
+    thread without one routes everything. Compiled code, which cannot ask for its thread, follows
+    the context that was opened last.
 
     Attributes:
         enabled: False makes every module the plain linear it replaced.
         sequences: bool [batch], the sequences of the batch to route, or bool [batch, tokens], the
             tokens of one pass; None routes all.
+        recorded: the tokens of one pass whose gates are recorded.
         routed_tokens: answer tokens that the checkpoint routes; None for all.
         log: while gates are recorded, a list of gates per module name.
     """
 
-    enabled: bool = True
-    sequences: Tensor | None = None
-    routed_tokens: int | None = 5
-    log: dict[str, list[Tensor]] | None = None
+    def __init__(self, routed_tokens: int | None = 5):
+        self.routed_tokens = routed_tokens
+        self.log: dict[str, list[Tensor]] | None = None
+        self._everywhere, self._here = Routing(), threading.local()
+
+    def __getstate__(self):
+        """Copies and pickles begin with everything routed and nothing recorded."""
+        return {"routed_tokens": self.routed_tokens}
+
+    def __setstate__(self, state):
+        """See `__getstate__`."""
+        RoutingState.__init__(self, **state)
+
+    @property
+    def now(self) -> Routing:
+        """Of this thread."""
+        if torch.compiler.is_compiling():
+            return self._everywhere
+        return getattr(self._here, "routing", _ALL)
+
+    @property
+    def enabled(self) -> bool:
+        """See the class."""
+        return self.now.enabled
+
+    @property
+    def sequences(self) -> Tensor | None:
+        """See the class."""
+        return self.now.sequences
 
     def tokens(self, hidden_states: Tensor) -> Tensor | None:
         """The mask of sequences as one entry a token, or None.
@@ -32,42 +69,42 @@ class RoutingState:
         Raises:
             ValueError: the mask is for another batch.
         """
-        if self.sequences is None:
+        mask = self.sequences
+        if mask is None:
             return None
-        if self.sequences.ndim > 1 and self.sequences.shape == hidden_states.shape[:-1]:
-            return self.sequences.reshape(-1)
-        if (
-            self.sequences.ndim > 1
-            or hidden_states.ndim < 2
-            or len(self.sequences) != len(hidden_states)
-        ):
+        if mask.ndim > 1 and mask.shape == hidden_states.shape[:-1]:
+            return mask.reshape(-1)
+        if mask.ndim > 1 or hidden_states.ndim < 2 or len(mask) != len(hidden_states):
             raise ValueError(
-                f"the routing mask is {list(self.sequences.shape)} but hidden_states is "
+                f"the routing mask is {list(mask.shape)} but hidden_states is "
                 f"{list(hidden_states.shape)}"
             )
-        mask = self.sequences.view(-1, *[1] * (hidden_states.ndim - 2))
+        mask = mask.view(-1, *[1] * (hidden_states.ndim - 2))
         return mask.expand(hidden_states.shape[:-1]).reshape(-1)
 
     @contextlib.contextmanager
-    def routed(self, enabled: bool | Tensor) -> Iterator[None]:
+    def routed(self, enabled: bool | Tensor, recorded: slice = slice(None)) -> Iterator[None]:
         """`routing` without looking for the modules, which takes a millisecond in a large model."""
-        before = self.enabled, self.sequences
-        if isinstance(enabled, Tensor):
-            self.enabled, self.sequences = True, enabled
-        else:
-            self.enabled, self.sequences = bool(enabled), None
+        before = self.now
+        mask = enabled if isinstance(enabled, Tensor) else None
+        self._here.routing = self._everywhere = Routing(
+            mask is not None or bool(enabled), mask, recorded
+        )
         try:
             yield
         finally:
-            self.enabled, self.sequences = before
+            self._here.routing = self._everywhere = before
 
     def record(self, name: str, gates: Tensor, hidden_states: Tensor) -> None:
         """Note the gates [M, E] of one pass of a module."""
         if self.log is not None and name:  # unnamed: outside the model that is being recorded
             gates = gates.view(*hidden_states.shape[:-1], gates.shape[-1])
-            if self.sequences is not None and self.sequences.ndim > 1:
-                gates = gates[:, self.sequences.any(0)]
+            if self.now.recorded != slice(None):
+                gates = gates[:, self.now.recorded]
             self.log.setdefault(name, []).append(gates)
+
+
+_ALL = Routing()
 
 
 def routed_modules(model: nn.Module) -> dict[str, Any]:

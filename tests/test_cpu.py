@@ -221,6 +221,29 @@ def test_empty_outputs_work():
         assert (y.shape, gates.shape) == ((M, N), (M, 2))
 
 
+@both_forms
+def test_no_features_leave_the_bias(form):
+    bias, total = torch.arange(24.0), torch.full((40, 1), 1.0)
+    operands = (torch.empty(40, 0), torch.empty(24, 0), bias, torch.empty(2, 3, 0))
+    rest = (torch.ones(2, 24, 3), torch.empty(2, 0), torch.zeros(2))
+    y, _ = cpu.mogu_linear(
+        *operands, *rest, [1.0, 1.0], "sigmoid", None, False, most=FORMS[form]
+    )  # fmt: skip
+    assert torch.equal(y, total * bias)
+
+
+@torch.no_grad()
+def test_the_short_way_leaves_tensors_without_memory_and_dual_numbers_alone(spied):
+    p = cases.projection("m17-n136-k72-e2-r8-softmax", "f32")
+    zeros = torch._efficientzerotensor(p.x.shape)
+    y = ops.mogu_linear(**p.operands() | {"x": zeros})
+    assert spied[0] is None
+    torch.testing.assert_close(y, ops.mogu_linear(**p.operands() | {"x": torch.zeros_like(p.x)}))
+    assert ops.library.is_direct("auto", p.x)
+    with torch.autograd.forward_ad.dual_level():
+        assert not ops.library.is_direct("auto", p.x)
+
+
 def test_auto_takes_the_backend_and_falls_back_without_it(monkeypatch):
     projection = cases.projection("m17-n136-k72-e2-r8-softmax", "bf16")
     y = ops.mogu_linear(**projection.operands())

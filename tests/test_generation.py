@@ -1,14 +1,18 @@
 """Routed decoding against the published procedure."""
 
+import concurrent.futures
 import dataclasses
+import sys
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
 
 import mogu_kernels as mk
 import reference
 from demo.published import published_model
+from demo.smollm2 import load_smollm2
+from mogu_kernels.hf import seeded_checkpoint
 from tests import tiny
 
 
@@ -307,6 +311,10 @@ def test_a_generation_config_is_taken_and_not_changed(models):
         ({"return_dict_in_generate": True}, "a dictionary of outputs is not supported"),
         ({"use_cache": False}, "needs a KV cache: leave use_cache=True"),
         ({"synced_gpus": True}, "synced_gpus=True"),
+        ({"penalty_alpha": 0.5}, "contrastive search is not supported"),
+        ({"guidance_scale": 2.0}, "guidance by a second prompt is not supported"),
+        ({"token_type_ids": torch.zeros(1, 9)}, "token_type_ids=given: a type for every token"),
+        ({"cache_implementation": "offloaded"}, "cannot be copied"),
         (
             {"routed": torch.ones(5, dtype=torch.bool)},
             r"routed is \[5\], but there are 1 sequences",
@@ -323,8 +331,127 @@ def test_a_mask_of_numbers_and_a_filled_cache_are_named(models):
     with pytest.raises(TypeError, match=r"routed is torch.float32: take a bool mask"):
         ours(attached, tiny.prompt(), routed=torch.ones(1))
     cache = attached(tiny.prompt(4)).past_key_values
+    with pytest.raises(TypeError, match=r"routed_tokens=2.5: take an int"):
+        ours(attached, tiny.prompt(), routed_tokens=2.5)
+    with pytest.raises(ValueError, match=r"input_ids is \[9\]: take \[batch, tokens\]"):
+        ours(attached, tiny.prompt()[0])
+    with pytest.raises(ValueError, match=r"routed is \[2\], but there are 4 sequences"):
+        ours(attached, tiny.prompt(batch=4), routed=torch.tensor([True, False]))
     with pytest.raises(ValueError, match="hold 4 tokens, but not whether they were routed"):
         ours(attached, tiny.prompt(9), past_key_values=cache)
+
+
+def test_an_open_context_without_routing_is_obeyed(models):
+    attached, _, base = models
+    ids = tiny.prompt()
+    with mk.routing(attached, False):
+        out = ours(attached, ids, eos_token_id=None)
+    assert torch.equal(out, reference.mogu_generate(base, base, ids, 12))
+
+
+def test_threads_do_not_route_for_each_other(models):
+    attached, *_ = models
+    prompts = [tiny.prompt(9, seed=seed) for seed in range(4)]
+    masks = [None, torch.tensor([False])] * 2
+    expected = [
+        ours(attached, ids, routed=mask, eos_token_id=None)
+        for ids, mask in zip(prompts, masks, strict=True)
+    ]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for handoff in ("shadow", "replay"):
+                found = [
+                    pool.submit(
+                        ours, attached, ids, routed=mask, handoff=handoff, eos_token_id=None
+                    )
+                    for _ in range(5)
+                    for ids, mask in zip(prompts, masks, strict=True)
+                ]
+                for i, answer in enumerate(found):
+                    assert torch.equal(answer.result(), expected[i % 4])
+    finally:
+        sys.setswitchinterval(interval)
+    assert next(m for m in attached.modules() if isinstance(m, mk.MoGULinear)).routing.enabled
+
+
+@pytest.mark.parametrize("through", ["generate", "custom_generate"])
+def test_a_token_streamer_gets_the_prompt_the_tokens_and_the_end(models, through):
+    attached, *_ = models
+    listener, ids = Listener(), tiny.prompt()
+    if through == "generate":
+        out = ours(attached, ids, token_streamer=listener, eos_token_id=None)
+    else:
+        out = attached.generate(
+            ids,
+            custom_generate=mk.generate,
+            token_streamer=listener,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    assert torch.equal(torch.cat([t.view(-1) for t in listener.tokens]), out[0])
+    assert listener.ended
+
+
+@pytest.mark.model
+def test_stop_strings_end_an_answer():
+    model, tokenizer = load_smollm2()
+    mk.attach(model, seeded_checkpoint(model, ("o_proj",)))
+    ids = tokenizer("One, two, three, four,", return_tensors="pt")["input_ids"]
+    whole = tokenizer.decode(ours(model, ids, max_new_tokens=20)[0, ids.shape[1] :])
+    stop = whole.split()[3]
+    out = ours(model, ids, max_new_tokens=20, stop_strings=[stop], tokenizer=tokenizer)
+    text = tokenizer.decode(out[0, ids.shape[1] :])
+    assert stop in text
+    assert len(text) < len(whole)
+
+
+def dynamic_llama():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    return tiny.llama(num_hidden_layers=4, max_position_embeddings=24, rope_parameters=rope)
+
+
+def longrope_phi3():
+    """Crosses the length at which Phi-3 changes its positions and begins its cache anew."""
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in tiny.SIZES.items() if name != "head_dim"}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    }
+    config = Phi3Config(
+        **sizes | {"num_hidden_layers": 4, "max_position_embeddings": 96},
+        original_max_position_embeddings=24,
+        rope_parameters=rope,
+        architectures=["Phi3ForCausalLM"],
+    )
+    return Phi3ForCausalLM(config).eval()
+
+
+@exact
+@pytest.mark.parametrize("layers", [None, [2, 3]])
+@pytest.mark.parametrize("build", [dynamic_llama, longrope_phi3])
+def test_positions_that_depend_on_the_length_are_read_at_once(build, layers, handoff):
+    base, model = build(), build()
+    checkpoint = tiny.checkpoint(model, layers=layers)
+    published = published_model(build(), checkpoint)
+    mk.attach(model, checkpoint)
+    ids = tiny.prompt(21)
+    expected = reference.mogu_generate(published, base, ids, 12)
+    assert torch.equal(ours(model, ids, handoff=handoff, eos_token_id=None), expected)
+
+
+def test_gates_of_the_routed_tokens_are_recorded_whatever_the_mask_says(models):
+    attached, *_ = models
+    for mask in (torch.tensor([True, False]), torch.tensor([False, False])):
+        with mk.record_gates(attached) as gates:
+            ours(attached, tiny.prompt(9, batch=2), routed=mask, eos_token_id=None)
+        assert {g.shape for g in gates.values()} == {torch.Size([2, 9 + 4, 2])}
 
 
 def test_an_unattached_model_is_named(models):

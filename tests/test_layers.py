@@ -49,8 +49,18 @@ ALLOWED = {
         "mogu_kernels.router",
         "mogu_kernels.state",
     },
-    "mogu_kernels/handoff.py": {"torch", "transformers", "mogu_kernels.state"},
-    "mogu_kernels/generation.py": {"torch", "mogu_kernels.handoff", "mogu_kernels.state"},
+    "mogu_kernels/handoff.py": {
+        "torch",
+        "transformers",
+        "mogu_kernels.modules",
+        "mogu_kernels.state",
+    },
+    "mogu_kernels/generation.py": {
+        "torch",
+        "transformers",
+        "mogu_kernels.handoff",
+        "mogu_kernels.state",
+    },
     "mogu_kernels/cli.py": {
         "torch",
         "typer",

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mogu_kernels import checks, cpu
 from mogu_kernels.tuning import TileConfig
@@ -47,6 +48,7 @@ def is_direct(backend: str, x: Tensor) -> bool:
         and not _C._len_torch_function_stack()
         and _C._functorch.peek_interpreter_stack() is None
         and _C._get_tracing_state() is None
+        and forward_ad._current_level < 0
         and not _C._autograd._profiler_enabled()
     )
 

@@ -61,6 +61,8 @@ def gated_mlp(
         TypeError: a dtype does not fit.
         ValueError: a shape, a device, a name or a number of experts does not fit.
     """
+    if bias is not None and any(each is None for each in bias):
+        raise ValueError("bias has None in it: take one for each projection, or None for both")
     if config is None and library.is_direct(backend, x):
         biases = (None, None) if bias is None else bias
         lists = (weight, biases, lora_A, lora_B, gate_weight, gate_bias)
