@@ -97,9 +97,9 @@ def report(found, memory) -> str:
         "",
         f"{NEW_TOKENS} new tokens, greedy, fp32, batch 1, {torch.get_num_threads()} threads, "
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, commit "
-        f"{machine.commit()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}. Medians "
-        f"(quartiles) of {rounds} interleaved rounds; compare ratios, not times. Added: seconds "
-        "more than base takes.",
+        f"{machine.commit()}, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}. "
+        f"Medians (quartiles) of {rounds} interleaved rounds; compare ratios, not times. Added: "
+        "seconds more than base takes.",
         "",
         "| | " + " | ".join(f"prompt of {length}" for length in found) + " | bound |",
         "|---|" + "---|" * (len(found) + 1),

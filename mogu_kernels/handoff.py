@@ -21,6 +21,9 @@ from mogu_kernels.modules import is_wrapped
 from mogu_kernels.state import routed_modules, routed_state
 
 _ATTENTIONS = ("sdpa", "eager")  # those that take a mask of any shape
+# Prompts of more tokens are read apart: what a second pass costs, the weights, is then less than
+# attention to the other pass's columns, which a packed one works out and masks.
+LONGEST_PACKED = 512
 
 
 def has_fixed_positions(config: Any) -> bool:
@@ -226,6 +229,7 @@ class Packed:
         layers, config = sequences.cache.layers, model.config
         return (
             bool(layers)
+            and sequences.prompt <= LONGEST_PACKED
             and all(type(layer) is DynamicLayer for layer in layers)
             and getattr(config, "_attn_implementation", None) in _ATTENTIONS
             and sequences.positions is not None

@@ -446,6 +446,14 @@ def test_positions_that_depend_on_the_length_are_read_at_once(build, layers, han
     assert torch.equal(ours(model, ids, handoff=handoff, eos_token_id=None), expected)
 
 
+def test_a_long_prompt_is_read_apart_with_the_same_tokens(models, monkeypatch):
+    attached, published, base = models
+    monkeypatch.setattr("mogu_kernels.handoff.LONGEST_PACKED", 8)
+    ids = tiny.prompt(9)
+    expected = reference.mogu_generate(published, base, ids, 12)
+    assert torch.equal(ours(attached, ids, eos_token_id=None), expected)
+
+
 def test_gates_of_the_routed_tokens_are_recorded_whatever_the_mask_says(models):
     attached, *_ = models
     for mask in (torch.tensor([True, False]), torch.tensor([False, False])):
