@@ -322,9 +322,7 @@ class LowerLayers:
 
     def advance(self, base: Pass, routed: Pass, stop: int) -> None:
         """Let the base model read up to `stop` from the first routed layer on."""
-        start = base.read
-        hidden_states = torch.cat(self.outputs, 1)[:, start:stop]
-        self._share(base.cache, routed.cache, start)
+        hidden_states = torch.cat(self.outputs, 1)[:, base.read : stop]
         with self._skipped(hidden_states):
             base.advance(stop)
         self._share(base.cache, routed.cache, stop)
