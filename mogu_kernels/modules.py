@@ -1,7 +1,7 @@
 """The drop-in modules: `MoGULinear` for a projection, `MoGUGatedMLP` for a gated MLP."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,8 @@ class MoGULinear(nn.Linear):
                 return_gates=recording,
             )
             y, gates = out if recording else (out, None)
+        if self.is_fused and self.routing.keeps_bits(x):
+            y = torch.where(cast(Tensor, routed)[:, None], y, F.linear(x, self.weight, self.bias))
         if gates is not None:
             self.routing.record(self._log_name, gates, hidden_states)
         return y.view(*hidden_states.shape[:-1], self.out_features)
@@ -397,6 +399,7 @@ class MoGUGatedMLP(nn.Module):
         )
         gate_weight, gate_bias = zip(*(module.router_operands(x) for module in pair), strict=True)
         recording = any(module.routing.log is not None for module in pair)
+        routed = pair[0].routing.tokens(hidden_states)
         out: Any = ops.gated_mlp(
             x,
             weight,
@@ -408,10 +411,13 @@ class MoGUGatedMLP(nn.Module):
             scaling=pair[0].scaling,
             activation=self.activation,
             gate=pair[0].gate,
-            routed=pair[0].routing.tokens(hidden_states),
+            routed=routed,
             return_gates=recording,
         )
         y, gates = out if recording else (out, ())
+        if pair[0].routing.keeps_bits(x):
+            gate_proj, up_proj = (F.linear(x, w, b) for w, b in zip(weight, bias, strict=True))
+            y = torch.where(cast(Tensor, routed)[:, None], y, self.act_fn(gate_proj) * up_proj)
         for module, own in zip(pair, gates, strict=False):
             module.routing.record(module._log_name, own, hidden_states)
         return self.down_proj(y.view(*hidden_states.shape[:-1], y.shape[-1]))

@@ -82,6 +82,14 @@ class RoutingState:
         mask = mask.view(-1, *[1] * (hidden_states.ndim - 2))
         return mask.expand(hidden_states.shape[:-1]).reshape(-1)
 
+    def keeps_bits(self, x: Tensor) -> bool:
+        """Whether sequences that are not routed take `F.linear`'s bits, which on a CPU are others.
+
+        That costs the plain projection once more, in batches with a mask of sequences only.
+        """
+        mask = self.sequences
+        return mask is not None and mask.ndim == 1 and x.device.type == "cpu"
+
     @contextlib.contextmanager
     def routed(self, enabled: bool | Tensor, recorded: slice = slice(None)) -> Iterator[None]:
         """`routing` without looking for the modules, which takes a millisecond in a large model."""

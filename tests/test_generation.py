@@ -239,6 +239,18 @@ def test_padding_and_neighbours_do_not_reach_a_gate(models):
         torch.testing.assert_close(gates[0, 5:], alone[name][0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_with_routing_off_has_the_bits_of_the_base_model(dtype):
+    base, model = tiny.llama(dtype), tiny.llama(dtype)
+    report = mk.attach(model, tiny.checkpoint(model, tiny.EVERY_TARGET))
+    assert len(report.fused_mlps) == 2
+    ids = tiny.prompt(9, batch=3)
+    with torch.no_grad(), mk.routing(model, torch.tensor([True, False, True])):
+        mixed, plain = model(ids).logits, base(ids).logits
+    assert torch.equal(mixed[1], plain[1])
+    assert not torch.equal(mixed[0], plain[0])
+
+
 def test_routed_tokens_none_routes_throughout(models):
     attached, published, _ = models
     ids = tiny.prompt()
