@@ -52,7 +52,7 @@ class Sequences:
         self.ids = input_ids
         self.prompt = input_ids.shape[1]
         self.mask: Tensor | None = self.rest.pop("attention_mask", None)
-        self.positions: Tensor | None = self.rest.pop("position_ids", None)
+        self.positions: Any = self.rest.pop("position_ids", None)
         self.cache: Any = self.rest.pop("past_key_values", None)
         if self.cache is None or not self.rest.get("use_cache", True):
             raise ValueError("routed decoding needs a KV cache: leave use_cache=True")
@@ -182,8 +182,8 @@ class Shadow(Replay):
     def __init__(self, model, sequences, enabled, routed_tokens):
         super().__init__(model, sequences, enabled, routed_tokens)
         self.packed = None
-        if self.in_parts and self.lower is None and Packed.fits(model, sequences):
-            self.packed = Packed(self.routed, self.base)
+        if routed_tokens and self.in_parts and self.lower is None:
+            self.packed = Packed.of(self.routed, self.base)
 
     def routed_logits(self, step):
         """Of routed token `step`; the base model is a part of the prompt behind."""
@@ -203,7 +203,7 @@ class Shadow(Replay):
 
     def hand_over(self):
         """The base model's columns become its cache."""
-        if self.packed is not None and self.routed_tokens:
+        if self.packed is not None:
             self.packed.separate()
         super().hand_over()
 
@@ -221,13 +221,13 @@ class Packed:
         self.is_base = torch.zeros(routed.sequences.prompt, dtype=torch.bool)
         self.place = torch.arange(routed.sequences.prompt)  # in the sequence, of every column
 
-    @staticmethod
-    def fits(model: Any, sequences: Sequences) -> bool:
-        """Whether the cache's columns may be of two kinds, and attention takes such a mask."""
+    @classmethod
+    def of(cls, routed: Pass, base: Pass) -> "Packed | None":
+        """None where columns cannot be of two kinds, or attention does not take such a mask."""
         from transformers.cache_utils import DynamicLayer
 
-        layers, config = sequences.cache.layers, model.config
-        return (
+        layers, config, sequences = routed.cache.layers, routed.model.config, routed.sequences
+        fits = (
             bool(layers)
             and sequences.prompt <= LONGEST_PACKED
             and all(type(layer) is DynamicLayer for layer in layers)
@@ -235,6 +235,7 @@ class Packed:
             and sequences.positions is not None
             and not getattr(config, "alibi", False)  # made of a mask [batch, tokens]
         )
+        return cls(routed, base) if fits else None
 
     def advance(self, stop: int) -> Tensor:
         """Read the last token, routed, and the base model's up to `stop`: logits of the first."""
@@ -250,9 +251,6 @@ class Packed:
             sees = sees & s.mask[:, self.place].bool()[:, None, None]
         hidden = torch.zeros(sees.shape, dtype=dtype, device=device)
         hidden.masked_fill_(~sees, torch.finfo(dtype).min)
-        positions = new.to(device).expand(len(s.ids), -1)
-        if s.positions is not None:
-            positions = s.positions[..., new]
         enabled = ~is_base.to(device).expand(len(s.ids), -1)
         own = torch.as_tensor(self.routed.enabled, device=device)
         enabled = enabled & own.view(-1, 1)
@@ -260,7 +258,7 @@ class Packed:
             out = model(
                 input_ids=s.ids[:, new],
                 attention_mask=hidden,
-                position_ids=positions,
+                position_ids=s.positions[..., new],
                 past_key_values=self.routed.cache,
                 return_dict=True,
                 **s.rest,
@@ -282,9 +280,8 @@ class LowerLayers:
     def __init__(self, layers: nn.ModuleList, first: int):
         self.layers, self.first = layers, first
         self.outputs: list[Tensor] = []  # of the last of them, pass by pass
-        self.others: tuple[None, ...] | None = (
-            None  # what a layer gives besides hidden states, as so many None
-        )
+        # for what a layer gives besides hidden states; None if it gives those alone
+        self.others: tuple[None, ...] | None = None
 
     @classmethod
     def of(cls, model: Any, cache: Any) -> "LowerLayers | None":

@@ -1,7 +1,9 @@
 """The shapes that every implementation of the routed projection is tried on, by name."""
 
+import pytest
 import torch
 
+from mogu_kernels import cpu
 from mogu_kernels.tuning import TileConfig
 from tests import oracle
 
@@ -17,6 +19,8 @@ KERNELS = {
     "persistent": PERSISTENT,
     "one_launch": ONE_LAUNCH,
 }
+# the C++ backend as a parameter
+CPP = pytest.param("cpu", marks=pytest.mark.skipif(not cpu.instruction_sets(), reason="not built"))
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 # M, N, K, E, rank, gate, bias, routed: sizes differ pairwise and are odd somewhere

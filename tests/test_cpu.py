@@ -14,7 +14,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 SETS = ("avx512bf16", "avx512", "avx2", "portable")
-all_sets = pytest.mark.parametrize("isa", SETS)
+all_sets = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(
+            isa,
+            marks=pytest.mark.skipif(
+                isa not in cpu.instruction_sets(), reason=f"this processor has no {isa}"
+            ),
+        )
+        for isa in SETS
+    ],
+)
 all_dtypes = pytest.mark.parametrize("dtype", cases.DTYPES)
 all_shapes = pytest.mark.parametrize(
     "shape",
@@ -44,8 +55,6 @@ both_forms = pytest.mark.parametrize("form", FORMS)
 
 
 def run(projection, isa, form):
-    if isa not in cpu.instruction_sets():
-        pytest.skip(f"this processor has no {isa}")
     forced = {"isa": isa, "most": FORMS[form]}
     return cpu.mogu_linear(**projection.operands(), return_gates=True, **forced)
 
@@ -85,8 +94,6 @@ def test_operands_between_red_zones_and_at_odd_addresses_give_the_same_bits(dtyp
 @both_forms
 @pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
 def test_a_gated_mlp_matches_fp64(dtype, isa, form, activation):
-    if isa not in cpu.instruction_sets():
-        pytest.skip(f"this processor has no {isa}")
     for shape in ("m17-n136-k72-e2-r8-softmax", "m33-n40-k129-e3-r5-routed"):
         p = cases.projection(shape, dtype)
         q = cases.twin(p, 1)
@@ -111,8 +118,6 @@ def test_a_gated_mlp_matches_fp64(dtype, isa, form, activation):
 
 def shrink(projection, isa, form):
     """Shrunk [M, E * r], total [M] and gates [M, E]."""
-    if isa not in cpu.instruction_sets():
-        pytest.skip(f"this processor has no {isa}")
     p = projection
     lists = ([p.lora_A], [p.gate_weight], [p.gate_bias])
     out = cpu.shrink_gate(

@@ -69,7 +69,7 @@ def test_a_split_router_has_gradients_in_both_parts():
     assert (projection.gate_weight.grad != 0).any()
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", cases.CPP, "triton"])
 @pytest.mark.parametrize("return_gates", [False, True])
 def test_opcheck_passes(backend, return_gates):
     dtype = torch.float32

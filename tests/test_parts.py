@@ -3,16 +3,15 @@
 import pytest
 import torch
 
-from mogu_kernels import cpu, ops
+from mogu_kernels import ops
 from mogu_kernels.tuning import TileConfig
 from tests import cases, oracle, red_zones
 
 MLP_TILES = TileConfig("two_launch", 16, 32, 32, GROUP_M=2)
 OPERANDS = ("weight", "bias", "lora_A", "lora_B", "gate_weight", "gate_bias")
 
-CPP = pytest.param("cpu", marks=pytest.mark.skipif(not cpu.instruction_sets(), reason="not built"))
 both_backends = pytest.mark.parametrize("backend", ["triton", "eager"])
-all_backends = pytest.mark.parametrize("backend", ["triton", CPP, "eager"])
+all_backends = pytest.mark.parametrize("backend", ["triton", cases.CPP, "eager"])
 all_dtypes = pytest.mark.parametrize("dtype", cases.DTYPES)
 all_shapes = pytest.mark.parametrize("shape", cases.SHAPES)
 
@@ -221,7 +220,7 @@ def test_gradients_flow_through_the_two_steps():
         torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@all_backends
 def test_opcheck_passes(backend):
     p = oracle.random(M=5, N=7, K=9, E=2, rank=3, dtype=torch.float32, routed=True)
     q = cases.twin(p, 1)
