@@ -3,12 +3,16 @@
 Arguments have been checked by `ops`. An empty output launches nothing.
 """
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mogu_kernels.kernels.backward_gates import backward_gates_kernel
+from mogu_kernels.kernels.backward_input import backward_input_kernel
+from mogu_kernels.kernels.backward_weights import backward_weights_kernel
 from mogu_kernels.kernels.fused import fused_kernel
 from mogu_kernels.kernels.gated_expand import gated_expand_kernel
 from mogu_kernels.kernels.gated_linear import gated_linear_kernel
@@ -23,17 +27,21 @@ from mogu_kernels.tuning import (
     Layout,
     Target,
     TileConfig,
+    backward_config,
     shrink_config,
     tile_config,
 )
 
 # rank columns that one dot of an epilogue, or one program of the shrink, takes
-WIDEST_CHUNK = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
+WIDEST_CHUNK = {torch.float64: 16, torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
 EXPAND_TILE = (64, 128)  # rows and columns of y that one program of `gated_expand_` owns
+SLOPES_TILE = (16, 64)  # tokens of a program of the backward's first launch, its step over N
+SUM_TILE = (32, 64)  # tokens that a program of the backward's sums takes at a time, its columns
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.float32: "f32",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
+    torch.float64: "f32",  # the backward in the interpreter, for gradcheck
 }
 
 
@@ -50,14 +58,19 @@ def mogu_linear(
     routed: Tensor | None,
     return_gates: bool,
     config: TileConfig | None,
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y [M, N] and gates [M, E] fp32 ([M, 0] unless asked for), in one launch or two."""
+    """Y [M, N] and gates [M, E] fp32 ([M, 0] unless asked for), in one launch or two.
+
+    Into `ranks`, contiguous [M, E * r] in fp32, goes A_e x, which `mogu_linear_backward` reads.
+    """
     E, rank, _ = lora_A.shape
     tiles = config or choose_tiles("mogu_linear", x, len(weight), E * rank, weight, lora_B)
-    if tiles.kernel == "two_launch" and not tiles.one_launch:
-        shrunk, total, gates = shrink_gate(
-            x, [lora_A], [gate_weight], [gate_bias], scaling, gate, routed, return_gates, tiles.pdl
-        )
+    if ranks is not None and tiles.kernel == "fused" and E * rank > 64:  # taller ones spill
+        tiles = dataclasses.replace(tiles, BLOCK_M=min(tiles.BLOCK_M, 64))
+    if tiles.kernel == "two_launch" and (ranks is not None or not tiles.one_launch):
+        experts = ([lora_A], [gate_weight], [gate_bias], scaling, gate, routed)
+        shrunk, total, gates = shrink_gate(x, *experts, return_gates, tiles.pdl, ranks)
         return gated_linear(x, weight, bias, shrunk[0], total[0], lora_B, tiles), gates[0]
     M, N = len(x), len(weight)
     y = _empty(M, N, dtype=x.dtype, device=x.device)
@@ -101,9 +114,171 @@ def mogu_linear(
             f"{E * rank} rank columns do not fit the one-launch kernel, which holds "
             f"{WIDEST_FUSED_RANK}: take a two_launch config"
         )
-    grid = (_tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N),)
-    _run(fused_kernel, grid, RANK_COLUMNS=_power_of_two(E * rank), **arguments)
+    _run(
+        fused_kernel,
+        (_tiles(M, tiles.BLOCK_M) * _tiles(N, tiles.BLOCK_N),),
+        ranks_ptr=ranks,
+        RANK_COLUMNS=_power_of_two(E * rank),
+        STORE_RANKS=ranks is not None,
+        **arguments,
+    )
     return y, gates
+
+
+def mogu_linear_backward(
+    grad_y: Tensor | None,
+    grad_gates: Tensor | None,
+    gates: Tensor,
+    ranks: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    scaling: list[float],
+    gate: str,
+    routed: Tensor | None,
+    wanted: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of x .. gate_bias that `wanted` asks for, in at most three launches.
+
+    Those of weight and bias, which only a trained base needs, are a matmul and a sum of PyTorch.
+    """
+    operands = (x, weight, bias, lora_A, lora_B, gate_weight, gate_bias)
+    if len(x) == 0:
+        pairs = zip(operands, wanted, strict=True)
+        return [None if t is None or not want else torch.zeros_like(t) for t, want in pairs]
+    M, N, (E, rank, K) = len(x), len(weight), lora_A.shape
+    want_x, want_weight, want_bias, want_a, want_b, want_u, want_c = wanted
+    want_routers, sigmoid = want_u or want_c, gate == "sigmoid"
+    grad_y = x.new_zeros(M, N) if grad_y is None else grad_y
+    narrow, wide = (functools.partial(_empty, dtype=t.dtype, device=t.device) for t in (x, gates))
+    layout = _layout(x, grad_y, weight)
+
+    # what is narrow: the ranks' gradients, and the gates' without the base's share
+    common = {
+        "M": M,
+        "N": N,
+        "E": E,
+        "RANK": rank,
+        "SOFTMAX": not sigmoid,
+        "BLOCK_R": _chunk(E * rank, x.dtype),
+        "gates_ptr": gates,
+        "grad_y_ptr": grad_y,
+        **_strides(gates, "gm", "ge"),
+        **_strides(grad_y, "ym", "yn"),
+    }
+    mask = {
+        "routed_ptr": routed,
+        "stride_routed": 0 if routed is None else routed.stride(0),
+        "HAS_ROUTED": routed is not None,
+    }
+    found = {
+        "grad_ranks_ptr": narrow(M, E * rank),
+        "gated_ranks_ptr": narrow(M, E * rank),
+        "total_ptr": wide(M),
+        "slopes_ptr": wide(M, E),
+    }
+    _run(
+        backward_gates_kernel,
+        (_tiles(M, SLOPES_TILE[0]),),
+        bias_ptr=bias,
+        lora_B_ptr=lora_B,
+        ranks_ptr=ranks,
+        grad_gates_ptr=grad_gates,
+        stride_bias=0 if bias is None else bias.stride(0),
+        stride_dgm=0 if grad_gates is None else grad_gates.stride(0),
+        stride_dge=0 if grad_gates is None else grad_gates.stride(1),
+        **_strides(lora_B, "be", "bn", "br"),
+        **_strides(ranks, "rm", "rr"),
+        SCALING=tuple(scaling),
+        HAS_BIAS=bias is not None,
+        HAS_GRAD_GATES=grad_gates is not None,
+        BLOCK_M=SLOPES_TILE[0],
+        BLOCK_K=SLOPES_TILE[1],
+        num_warps=4,
+        num_stages=3,
+        **mask,
+        **found,
+        **common,
+    )
+
+    # the base GEMM turned round: grad_x, and the base's share
+    total, gated_ranks = found.pop("total_ptr"), found.pop("gated_ranks_ptr")
+    tiles = backward_config(M, DTYPES[x.dtype], target(x.device), layout)
+    shares = wide(_tiles(K, tiles.BLOCK_N) if sigmoid else 0, M)
+    grad_x = narrow(M, K) if want_x else None
+    routers = _terms(gate_weight, x.dtype)
+    found |= {
+        "x_ptr": x,
+        "gate_weight_ptr": routers,
+        "shares_ptr": shares,
+        "grad_x_ptr": grad_x,
+        "K": K,
+        "stride_dxm": K,
+        "stride_dxk": 1,
+        "TERMS": len(routers),
+        **_strides(x, "xm", "xk"),
+        **_strides(routers, "ut", "ue", "uk"),
+    }
+    if want_x or (want_routers and sigmoid):
+        _run(
+            backward_input_kernel,
+            (_tiles(M, tiles.BLOCK_M) * _tiles(K, tiles.BLOCK_N),),
+            weight_ptr=weight,
+            lora_A_ptr=lora_A,
+            total_ptr=total,
+            STORE_X=want_x,
+            **_strides(weight, "wn", "wk"),
+            **_strides(lora_A, "ae", "ar", "ak"),
+            **_tile_arguments(tiles),
+            **found,
+            **common,
+        )
+
+    # sums over tokens, and grad_x's term from sigmoid routers
+    grad_A = narrow(E, rank, K) if want_a else None
+    grad_B = narrow(N, E, rank).permute(1, 0, 2) if want_b else None
+    grad_u, grad_c = (wide(E, K), wide(E)) if want_routers else (None, None)
+    if want_a or want_b or want_routers or (want_x and sigmoid):
+        _run(
+            backward_weights_kernel,
+            (_tiles(max(K, N), SUM_TILE[1]), 2 * _tiles(E * rank, common["BLOCK_R"]) + 1),
+            gated_ranks_ptr=gated_ranks,
+            grad_A_ptr=grad_A,
+            grad_B_ptr=grad_B,
+            grad_u_ptr=grad_u,
+            grad_c_ptr=grad_c,
+            **_strides(lora_A if grad_A is None else grad_A, "ae", "ar", "ak"),
+            **_strides(lora_B if grad_B is None else grad_B, "be", "bn", "br"),
+            SHARES=len(shares),
+            WANT_X=want_x,
+            WANT_A=want_a,
+            WANT_B=want_b,
+            WANT_ROUTERS=want_routers,
+            BLOCK_M=16 if layout == "odd" else SUM_TILE[0],
+            BLOCK_N=SUM_TILE[1],
+            num_warps=4,
+            num_stages=2,
+            **mask,
+            **found,
+            **common,
+        )
+
+    gated_dy = (total[:, None] * grad_y).to(x.dtype) if want_weight or want_bias else grad_y
+    if grad_u is not None and gate_weight.ndim == 3:  # the two parts are added up
+        grad_u = torch.stack([grad_u.to(gate_weight.dtype)] * 2)
+    return [
+        grad_x,
+        gated_dy.T @ x if want_weight else None,
+        gated_dy.sum(0) if want_bias else None,
+        grad_A,
+        grad_B,
+        grad_u if want_u else None,
+        grad_c if want_c else None,
+    ]
 
 
 def _one_launch(arguments, tiles, rank_columns):
@@ -138,8 +313,12 @@ def shrink_gate(
     routed: Tensor | None,
     return_gates: bool,
     pdl: bool = False,
+    ranks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shrunk [P, M, E * r], total [P, M] and gates [P, M, E] of P projections, in one launch."""
+    """Shrunk [P, M, E * r], total [P, M] and gates [P, M, E] of P projections, in one launch.
+
+    Into `ranks`, contiguous [M, E * r] in fp32, goes A_e x of a single projection.
+    """
     (M, K), P, (E, rank, _) = x.shape, len(lora_A), lora_A[0].shape
     shrunk = _empty(P, M, E * rank, dtype=x.dtype, device=x.device)
     total = _empty(P, M, dtype=torch.float32, device=x.device)
@@ -162,6 +341,7 @@ def shrink_gate(
         shrunk_ptr=shrunk,
         total_ptr=total,
         gates_ptr=gates,
+        ranks_ptr=ranks,
         M=M,
         K=K,
         **_strides(x, "xm", "xk"),
@@ -181,6 +361,7 @@ def shrink_gate(
         SOFTMAX=gate == "softmax",
         HAS_ROUTED=routed is not None,
         STORE_GATES=return_gates,
+        STORE_RANKS=ranks is not None,
         BLOCK_M=tiles.BLOCK_M,
         BLOCK_K=tiles.BLOCK_K,
         PDL=pdl,

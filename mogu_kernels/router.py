@@ -53,10 +53,52 @@ def fold_router(
             raise ValueError(
                 f"{name} is {list(tensor.shape)}, but linear_0_weight {[E, H, K]} asks for {shape}"
             )
-    last = linear_2_weight.double()
-    gate_weight = last @ linear_1_weight.double() @ linear_0_weight.double()
+    linears = (linear_0_weight, linear_1_weight, linear_1_bias, linear_2_weight, linear_2_bias)
+    if torch.compiler.is_compiling():  # a compiler decides for itself what to keep
+        return _products(*linears, dtype)
+    return _Fold.apply(*linears, dtype)
+
+
+def _products(linear_0, linear_1, linear_1_bias, linear_2, linear_2_bias, dtype):
+    """The result of `fold_router`."""
+    last = linear_2.double()
+    gate_weight = last @ linear_1.double() @ linear_0.double()
     gate_bias = last @ linear_1_bias.double()[:, :, None] + linear_2_bias.double()[:, :, None]
     return gate_weight[:, 0].to(dtype), gate_bias[:, 0, 0].to(dtype)
+
+
+class _Fold(torch.autograd.Function):
+    """`_products` with its gradients; autograd by itself would keep fp64 copies of every linear.
+
+    With du and dc the gradients of an expert's gate_weight and gate_bias, each gradient is of rank
+    one: of linear_0 (linear_1^T linear_2^T) du^T, of linear_1 linear_2^T (linear_0 du)^T.
+    """
+
+    generate_vmap_rule = True
+
+    forward = staticmethod(_products)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """As columns [E, K, 1] and [E, 1, 1], in fp32 at least."""
+        parameters = ctx.saved_tensors
+        wide = torch.promote_types(parameters[0].dtype, torch.float32)
+        linear_0, linear_1, linear_1_bias, linear_2, _ = (p.to(wide) for p in parameters)
+        du, dc = grads[0].to(wide)[:, :, None], grads[1].to(wide)[:, None, None]
+        inner = linear_0 @ du
+        found = (
+            (linear_2 @ linear_1).mT @ du.mT,
+            linear_2.mT @ inner.mT,
+            dc[:, 0] * linear_2[:, 0],
+            (linear_1 @ inner).mT + dc * linear_1_bias[:, None],
+            dc[:, 0],
+        )
+        wanted = zip(found, parameters, ctx.needs_input_grad, strict=False)
+        return *(grad.to(p.dtype) if want else None for grad, p, want in wanted), None
 
 
 def split_gate_weight(gate_weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -211,6 +211,18 @@ def shrink_config(
     return ShrinkConfig(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=deep)
 
 
+def backward_config(
+    M: int, dtype: Dtype, target: Target, layout: Layout = "described"
+) -> TileConfig:
+    """Heuristic tiles of the backward's GEMM, whose epilogue holds a tile of x beside its own."""
+    rows, few = bucket(M), 2 if target == "cdna" else 3
+    if dtype == "f32" or layout == "odd":
+        return TileConfig("two_launch", 64 if rows > 16 else 16, 32, 32, num_stages=few)
+    if rows <= 128:
+        return TileConfig("two_launch", 64 if rows > 16 else 16, 64, 64, num_stages=few)
+    return TileConfig("two_launch", 128, 128, 64, num_warps=8, num_stages=few)
+
+
 @functools.cache
 def _table(device: str, dtype: str) -> dict[str, dict[str, str]]:
     """{op and shape: {bucket: config}}; empty, with a warning, where nothing was measured."""

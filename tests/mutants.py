@@ -25,6 +25,9 @@ ORDER = (
     "one_launch",
     "gated_mlp",
     "gated_expand",
+    "backward_gates",
+    "backward_input",
+    "backward_weights",
 )
 
 # file, what stands there, what the mutant has instead
@@ -247,11 +250,133 @@ FAULTS = {
     "stride-of-foreign-y-hard-coded": ("gated_expand", "* stride_ym", "* N"),
 }
 
+# of the backward's kernels, found by the battery in test_backward.py
+BACKWARD_FAULTS = {
+    "gate-ignored-backward": (
+        "backward_gates",
+        "factors = rank_factors(gates,",
+        "factors = rank_factors(gates * 0.0 + 1.0,",
+    ),
+    "scaling-ignored-backward": ("backward_gates", "axis=1) * SCALING[e]", "axis=1)"),
+    "slope-of-the-wrong-expert": (
+        "backward_gates",
+        "columns // RANK == e)[None, :], v * ranks",
+        "columns // RANK == E - 1 - e)[None, :], v * ranks",
+    ),
+    "mask-ignored-backward": (
+        "backward_gates",
+        "gates = tl.where(routed[:, None], gates, 0.0)",
+        "gates = gates",
+    ),
+    "mask-ignored-on-total-backward": (
+        "backward_gates",
+        "total = tl.where(routed, total, 1.0)",
+        "total = total",
+    ),
+    "mask-ignored-on-slopes": (
+        "backward_gates",
+        "slopes = tl.where(routed[:, None], slopes, 0.0)",
+        "slopes = slopes",
+    ),
+    "mask-on-recorded-gates": (
+        "backward_gates",
+        "mask=mask_e, other=0.0)\n    tl.store(total_ptr",
+        "mask=mask_e & routed[:, None], other=0.0)\n    tl.store(total_ptr",
+    ),
+    "gradient-of-recorded-gates-dropped": ("backward_gates", "if HAS_GRAD_GATES:", "if False:"),
+    "bias-dropped-from-slopes": ("backward_gates", "if HAS_BIAS and", "if False and"),
+    "bias-of-the-first-columns-only": (
+        "backward_gates",
+        "(n + offs_n) * stride_bias",
+        "offs_n * stride_bias",
+    ),
+    "mask-n-dropped-on-grad-y": (
+        "backward_gates",
+        "dy = tl.load(y_ptrs, mask=mask_m[:, None] & mask_n[None, :]",
+        "dy = tl.load(y_ptrs, mask=mask_m[:, None]",
+    ),
+    "slope-of-the-logit-forgotten": ("backward_gates", "* gates * (1.0 - gates)", "* gates"),
+    "softmax-not-centred": (
+        "backward_gates",
+        "slopes - tl.sum(gates * slopes, axis=1)[:, None]",
+        "slopes",
+    ),
+    "share-of-the-base-of-one-tile": ("backward_gates", "(parts < SHARES)", "(parts < 1)"),
+    "share-of-the-base-where-not-routed": (
+        "backward_gates",
+        "share = tl.where(routed, share, 0.0)",
+        "share = share",
+    ),
+    "experts-swapped-on-the-way-to-x": (
+        "backward_gates",
+        "experts[:, None] * stride_ue",
+        "(E - 1 - experts)[:, None] * stride_ue",
+    ),
+    "last-step-over-N-skipped": (
+        "backward_input",
+        "range(0, N, BLOCK_K)",
+        "range(0, N - BLOCK_K + 1, BLOCK_K)",
+    ),
+    "mask-n-dropped-on-turned-weight": (
+        "backward_input",
+        "w_ptrs, mask=mask_k[:, None] & mask_n[None, :]",
+        "w_ptrs, mask=mask_k[:, None]",
+    ),
+    "mask-n-dropped-on-grad-x": (
+        "backward_input",
+        "acc.to(grad_x_ptr.dtype.element_ty), mask=mask)",
+        "acc.to(grad_x_ptr.dtype.element_ty), mask=mask_m[:, None])",
+    ),
+    "stride-of-turned-weight-hard-coded": ("backward_input", "* stride_wn", "* K"),
+    "x-of-the-wrong-columns": (
+        "backward_input",
+        "stride_xm + offs_n[None, :]",
+        "stride_xm + (offs_n % BLOCK_N)[None, :]",
+    ),
+    "shares-of-all-tiles-in-one-place": ("backward_input", "pid_n.to(tl.int64) * M", "0 * M"),
+    "softmax-routers-do-not-reach-x": ("backward_input", "if SOFTMAX:\n", "if False:\n"),
+    "gate-ignored-in-grad-B": (
+        "backward_weights",
+        "gated_ranks_ptr,\n                grad_y_ptr",
+        "grad_ranks_ptr,\n                grad_y_ptr",
+    ),
+    "experts-swapped-in-the-sums": (
+        "backward_weights",
+        "(offs_r // RANK) * stride_oe",
+        "(E - 1 - offs_r // RANK) * stride_oe",
+    ),
+    "last-tokens-skipped": (
+        "backward_weights",
+        "range(0, M, BLOCK_M)",
+        "range(0, M - BLOCK_M + 1, BLOCK_M)",
+    ),
+    "mask-m-dropped-on-the-sums": (
+        "backward_weights",
+        "ranks_ptrs, mask=mask_m[:, None] & mask_r[None, :]",
+        "ranks_ptrs, mask=mask_r[None, :]",
+    ),
+    "gradient-of-the-gate-bias-lost": (
+        "backward_weights",
+        "tl.sum(gradients, axis=0)",
+        "tl.sum(gradients, axis=0) * 0.0",
+    ),
+    "sigmoid-routers-do-not-reach-x": (
+        "backward_weights",
+        "if WANT_X and not SOFTMAX:",
+        "if False:",
+    ),
+    "stride-of-grad-u-wrong": (
+        "backward_weights",
+        "u_ptrs = grad_u_ptr + experts[None, :] * K",
+        "u_ptrs = grad_u_ptr + experts[None, :] * (K + 1)",
+    ),
+}
+
 
 @contextlib.contextmanager
 def mutant(fault: str, file: str) -> Iterator[None]:
     """`launch` uses kernels in which `file` has the fault."""
-    _, old, new = FAULTS[fault]
+    _, old, new = (FAULTS | BACKWARD_FAULTS)[fault]
     source = (FOLDER / f"{file}.py").read_text()
     assert old in source, f"{fault}: {file}.py no longer has {old!r}"
     names = [name for name in vars(launch) if name.endswith("_kernel")]
@@ -272,7 +397,7 @@ def mutant(fault: str, file: str) -> Iterator[None]:
 
 def files_of(fault: str) -> tuple[str, ...]:
     """The files that a fault is put into, one mutant each."""
-    where = FAULTS[fault][0]
+    where = (FAULTS | BACKWARD_FAULTS)[fault][0]
     return (where,) if isinstance(where, str) else where
 
 

@@ -60,6 +60,48 @@ def test_gradients_reach_the_unfolded_router():
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("E", [1, 3])
+def test_the_fold_passes_gradcheck_in_every_linear(E):
+    linears = [
+        parameter.detach().requires_grad_() for parameter in router(E=E, K=5, H=4).parameters()
+    ]
+
+    def folded(*tensors):
+        return mk.fold_router(*tensors, dtype=torch.float64)
+
+    assert torch.autograd.gradcheck(folded, linears, atol=1e-9, rtol=1e-7)
+    assert torch.autograd.gradgradcheck(folded, linears)
+
+
+def test_frozen_linears_get_no_gradient():
+    r = router()
+    r.linear_0.weight.requires_grad_(False)
+    r(torch.randn(5, 24, dtype=torch.float64)).sum().backward()
+    assert r.linear_0.weight.grad is None
+    assert (r.linear_1.weight.grad != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fold_keeps_nothing_but_the_parameters_for_backward(dtype):
+    r, kept = router(dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gate_weight, gate_bias = r.fold()
+    own = {parameter.data_ptr() for parameter in r.parameters()}
+    assert {t.data_ptr() for t in kept} == own
+    (gate_weight.square().sum() + gate_bias.sum()).backward()
+    assert all(p.grad.dtype == dtype and (p.grad != 0).any() for p in r.parameters())
+
+
+def test_the_fold_compiles_in_one_graph_and_exports():
+    r, h = router(torch.float32), torch.randn(5, 24)
+    expected = torch.autograd.grad(r(h).square().sum(), list(r.parameters()))
+    torch._dynamo.reset()
+    compiled = torch.compile(r, backend="aot_eager", fullgraph=True)
+    grads = torch.autograd.grad(compiled(h).square().sum(), list(r.parameters()))
+    torch.testing.assert_close(grads, expected)
+    torch.testing.assert_close(torch.export.export(r, (h,)).module()(h), r(h))
+
+
 def test_fp32_routers_are_folded_in_fp64():
     r = router(torch.float32, K=576, H=512)
     exact = mk.Router(576, 2, 512, dtype=torch.float64)

@@ -14,7 +14,13 @@ import torch
 from mogu_kernels import launch, tuning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LAYERS = {"linear": (4096, 4096), "mlp": (11008, 4096), "expand": (4096, 4096)}  # N, K: Llama2-7B
+# N, K: Llama2-7B
+LAYERS = {
+    "linear": (4096, 4096),
+    "mlp": (11008, 4096),
+    "expand": (4096, 4096),
+    "train": (4096, 4096),
+}
 ODD_LAYER = (4099, 4097)  # no row of x, weight or lora_A starts on a multiple of 16 bytes
 SHARED_INPUT = 3  # q, k and v
 MEASURED_ON = {
@@ -33,7 +39,8 @@ class Case:
         M: tokens.
         rank: of each of the E experts.
         dtype: of activations and weights.
-        op: "linear"; "mlp" (gate_proj and up_proj); "expand" (q, k and v on a foreign base).
+        op: "linear"; "mlp" (gate_proj and up_proj); "expand" (q, k and v on a foreign base);
+            "train" (a linear that keeps what its backward needs, and that backward).
         E: experts.
         form: "" as a module lays them out; "odd" sizes and strides; "offset" pointers; "transposed"
             weight; "stacked" lora_B, one expert after another.
@@ -78,6 +85,8 @@ class Case:
         """
         if self.op == "expand":
             return 2 * SHARED_INPUT
+        if self.op == "train":
+            return 3 + (1 if self.M <= 128 else 2)
         if self.E * self.rank > 64 and (self.dtype == "fp32" or self.form in ("odd", "offset")):
             return 2
         projections = 2 if self.op == "mlp" else 1
@@ -85,7 +94,8 @@ class Case:
 
     def call(self) -> None:
         """Call the op on tensors whose values do not matter."""
-        {"linear": self._linear, "mlp": self._mlp, "expand": self._expand}[self.op]()
+        calls = {"linear": self._linear, "mlp": self._mlp, "expand": self._expand}
+        (calls | {"train": self._train})[self.op]()
 
     def _linear(self):
         operands = {name: tensors[0] for name, tensors in self._projections(1).items()}
@@ -115,6 +125,17 @@ class Case:
             y = self._tensor(self.M, self._layer[0])
             bias = self._bias() if self.extras else None
             launch.gated_expand_(y, shrunk[projection], total[projection], lora_B[projection], bias)
+
+    def _train(self):
+        router = self._router()
+        experts = {name: tensors[0] for name, tensors in self._projections(1).items()}
+        operands = (self._x(), self._weight(), self._bias() if self.extras else None)
+        options = (*experts.values(), router["scaling"], router["gate"], router["routed"])
+        ranks = torch.empty(self.M, self.E * self.rank)
+        y, gates = launch.mogu_linear(*operands, *options, True, None, ranks)
+        grad_gates = torch.empty_like(gates) if self.extras else None
+        wanted = [True, False, False, True, True, True, True]
+        launch.mogu_linear_backward(y, grad_gates, gates, ranks, *operands, *options, wanted)
 
     @property
     def _layer(self) -> tuple[int, int]:
@@ -180,6 +201,8 @@ QUICK = (
     *(Case(BUCKETS[-1], option=option) for option in ("pdl", "one_launch")),
     *(Case(M, op="mlp") for M in (BUCKETS[0], BUCKETS[-1])),
     Case(BUCKETS[-1], op="expand"),
+    *(Case(M, op="train") for M in (BUCKETS[1], BUCKETS[-1])),
+    Case(BUCKETS[-1], op="train", extras=True),
 )
 
 
@@ -197,6 +220,10 @@ def every_case() -> list[Case]:
         *(Case(M, op="mlp", form="odd") for M in BUCKETS),
         *(Case(BUCKETS[-1], op="mlp", dtype=dtype, extras=True) for dtype in DTYPES),
         *(Case(M, op="expand", extras=extras) for M in BUCKETS for extras in (False, True)),
+        *(Case(M, rank=rank, op="train") for M in BUCKETS for rank in (8, 64)),
+        *(Case(M, op="train", form="odd") for M in (BUCKETS[0], BUCKETS[-1])),
+        Case(BUCKETS[-1], op="train", E=8, extras=True),
+        *(Case(BUCKETS[-1], op="train", dtype=dtype, extras=True) for dtype in DTYPES),
         *measured_cases(),
     ]
     return list(dict.fromkeys(cases))
@@ -207,6 +234,8 @@ def measured_cases() -> list[Case]:
     cases = []
     for path in sorted(tuning.TABLES.glob("*/*.json")):
         for shape, rows in json.loads(path.read_text()).items():
+            if shape == "most_tiled":  # a CPU's table, which has no tiles
+                continue
             op, layer, columns = shape.split(":")
             N, K = map(int, layer.split("x"))
             for M, config in rows.items():

@@ -55,7 +55,7 @@ def hopper_problems(made: Launch, found: Resources, plain: Resources | None) -> 
 
 def element_size(made: Launch) -> int:
     """Bytes of an element of the activations."""
-    names = ("x_ptr", "x_desc", "y_ptr", "y_desc")
+    names = ("x_ptr", "x_desc", "y_ptr", "y_desc", "grad_y_ptr")
     x = next(made.arguments[name] for name in names if name in made.arguments)
     return getattr(x, "base", x).element_size()
 

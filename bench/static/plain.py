@@ -160,6 +160,8 @@ def counterpart(launch: Launch) -> Launch | None:
         kernel = plain_mlp_kernel
     elif "x_desc" in given:
         kernel = plain_persistent_kernel
+    elif "grad_x_ptr" in given and "weight_ptr" in given:
+        kernel, given = plain_linear_kernel, given | _turned(given)
     elif "weight_ptr" in given:
         kernel = plain_linear_kernel
     elif "lora_A_ptr" in given:  # the shrink: x lora_A^T, as narrow
@@ -168,6 +170,25 @@ def counterpart(launch: Launch) -> Launch | None:
         return None
     names = {*kernel.arg_names, *OPTIONS} & given.keys()
     return compile_launch(kernel, (1,), **{name: given[name] for name in names})
+
+
+def _turned(given: dict) -> dict:
+    """Arguments of the plain GEMM grad_y weight, as a GEMM with weight's transpose."""
+    return {
+        "x_ptr": given["grad_y_ptr"],
+        "bias_ptr": None,
+        "y_ptr": given["grad_x_ptr"],
+        "N": given["K"],
+        "K": given["N"],
+        "stride_xm": given["stride_ym"],
+        "stride_xk": given["stride_yn"],
+        "stride_wn": given["stride_wk"],
+        "stride_wk": given["stride_wn"],
+        "stride_bias": 0,
+        "stride_ym": given["stride_dxm"],
+        "stride_yn": given["stride_dxk"],
+        "HAS_BIAS": False,
+    }
 
 
 def _narrow(given: dict) -> dict:

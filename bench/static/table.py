@@ -23,7 +23,8 @@ ours / plain: the plain GEMM has the same tile, loads and options, and no MoGU. 
 one SM or CU holds at once (0: it cannot run), `shared` bytes a block, `spills` bytes of stack +
 spills, `dots` matrix instructions by kind, `size` all instructions. N = K = 4096 (Llama2-7B's
 o_proj); `odd` has N = 4099 and K = 4097, so that no row starts on a multiple of 16 bytes; `extras`
-has bias, row mask, softmax and stored gates.
+has bias, row mask, softmax and stored gates; `train` is a forward that keeps what its backward
+reads, and that backward, whose plain GEMM is grad_y weight.
 """.strip()
 
 

@@ -42,5 +42,5 @@ def gate_and_expand(
         b_ptrs = lora_B_ptr + b_rows[:, None] + offs_n[None, :] * stride_bn
         shrunk = tl.load(shrunk_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(shrunk, b, acc, input_precision="ieee")
+        acc = tl.dot(shrunk, b, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc

@@ -8,7 +8,8 @@
 One program owns one [BLOCK_M, BLOCK_N] tile of y. Every program of a row block shrinks those rows
 for itself: lora_A and the routers are a few rows that stay in L2, so nothing is exchanged or waited
 for. Reads x and lora_A once per column of tiles, weight once per row of tiles; writes y once, and
-the gates once if asked for. The caller guarantees E * RANK <= RANK_COLUMNS and zero padding of
+the gates once if asked for; for a backward also what they multiply, x[m, :] . lora_A[e, j, :], as
+contiguous fp32 [M, E * RANK]. The caller guarantees E * RANK <= RANK_COLUMNS and zero padding of
 smaller experts. The idea: the narrow dots ride on an x tile that the base GEMM has loaded anyway.
 """
 
@@ -38,6 +39,7 @@ def fused_kernel(
     routed_ptr,
     y_ptr,
     gates_ptr,
+    ranks_ptr,
     M,
     N,
     K,
@@ -70,6 +72,7 @@ def fused_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_ROUTED: tl.constexpr,
     STORE_GATES: tl.constexpr,
+    STORE_RANKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -109,6 +112,9 @@ def fused_kernel(
         u_ptrs += BLOCK_K * stride_uk
 
     # epilogue: gate the base, expand the gated ranks into the same accumulator
+    if STORE_RANKS:
+        ranks_ptrs = ranks_ptr + offs_m[:, None] * (E * RANK) + columns[None, :]
+        tl.store(ranks_ptrs, shrunk, mask=mask_m[:, None] & mask_r[None, :] & (pid_n == 0))
     gates = gates_from_columns(router_columns, gate_bias_ptr, stride_c, E, SOFTMAX, BLOCK_M)
     total = tl.sum(gates, axis=1)
     shrunk *= rank_factors(gates, columns, E, RANK, SCALING)

@@ -8,7 +8,8 @@ Projections that read the same x (q, k and v; gate and up) share one launch: axi
 walks them, axis 1 walks RANK_COLUMNS columns of `shrunk` at a time. One program owns BLOCK_M rows
 of one such slice; the one at axis 1 = 0 also stores `total` and, on request, the gates. Writes
 2 * E * RANK + 4 bytes a token and projection in bf16. A row with routing off gets total = 1 and
-shrunk = 0, which makes every later step the plain projection.
+shrunk = 0, which makes every later step the plain projection. For a backward, a single projection
+also stores what its gates multiply, x[m, :] . lora_A[e, j, :], as contiguous fp32 [M, E * RANK].
 The idea: the gates and scaling are multiplied in here, in fp32, so that a GEMM needs only `total`
 and one more narrow dot.
 """
@@ -66,6 +67,8 @@ def shrink_rows(
     STORE_GATES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ranks_ptr=None,
+    STORE_RANKS: tl.constexpr = False,
 ):
     """Rows pid_m, rank columns pid_r of one projection."""
     # where am I
@@ -94,6 +97,9 @@ def shrink_rows(
         u_ptrs += BLOCK_K * stride_uk
 
     # epilogue: gates in fp32, multiplied into the ranks
+    if STORE_RANKS:
+        ranks_ptrs = ranks_ptr + offs_m[:, None] * (E * RANK) + columns[None, :]
+        tl.store(ranks_ptrs, shrunk, mask=mask_m[:, None] & mask_r[None, :])
     gates = gates_from_columns(router_columns, gate_bias_ptr, stride_c, E, SOFTMAX, BLOCK_M)
     total = tl.sum(gates, axis=1)
     shrunk *= rank_factors(gates, columns, E, RANK, SCALING)
@@ -133,6 +139,7 @@ def shrink_gate_kernel(
     shrunk_ptr,
     total_ptr,
     gates_ptr,
+    ranks_ptr,
     M,
     K,
     stride_xm,
@@ -162,6 +169,7 @@ def shrink_gate_kernel(
     SOFTMAX: tl.constexpr,
     HAS_ROUTED: tl.constexpr,
     STORE_GATES: tl.constexpr,
+    STORE_RANKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -208,4 +216,6 @@ def shrink_gate_kernel(
         STORE_GATES,
         BLOCK_M,
         BLOCK_K,
+        ranks_ptr,
+        STORE_RANKS,
     )

@@ -4,7 +4,8 @@
                  take the dtype, else eager
     CUDA, ROCm   the Triton kernels
 
-`backend=` forces one. Gradients are computed by `eager` on every device.
+`backend=` forces one. Gradients of `mogu_linear` take the Triton kernels where the forward pass
+did, else `eager`, as those of `gated_mlp` do on every device.
 """
 
 from mogu_kernels import checks

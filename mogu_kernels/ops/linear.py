@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mogu_kernels import checks, cpu, eager
 from mogu_kernels.ops import library
@@ -52,7 +53,9 @@ def mogu_linear(
         config: the tiles; chosen by M, rank and dtype if None. Triton only.
 
     Returns:
-        y [M, N] in x's dtype, or (y, gates [M, E] fp32; fp64 if x is).
+        y [M, N] in x's dtype, or (y, gates [M, E] fp32; fp64 if x is). Differentiable once in every
+        tensor; beside the operands a backward keeps the gates and A_e x [M, E * r] in fp32, which
+        is 72 bytes a token at r = 8 and E = 2.
 
     Raises:
         TypeError: a dtype does not fit, or an argument is not a tensor.
@@ -73,61 +76,120 @@ def mogu_linear(
     checks.check_router(x, lora_A, gate_weight, gate_bias, gate, routed)
     checks.check_pair(lora_A, lora_B)
     checks.check_backend(backend, x)
-    y, gates = torch.ops.mogu.mogu_linear(
-        x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed,
-        return_gates, backend, library.text(config),
-    )  # fmt: skip
+    operands = (x, weight, bias, lora_A, lora_B, gate_weight, gate_bias)
+    # an exported graph is for inference: it stores nothing for a backward
+    for_backward = library.needs_grad(*operands) and not torch.compiler.is_exporting()
+    y, gates, _ = torch.ops.mogu.mogu_linear(
+        *operands, scaling, gate, routed, return_gates, backend, library.text(config), for_backward
+    )
     return (y, gates) if return_gates else y
 
 
-def _implementation(*args):
-    *operands, return_gates, backend, config = args
-    x = operands[0]
+def _implementation(
+    x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed,
+    return_gates, backend, config, for_backward=False,
+):  # fmt: skip
+    own = (weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed)
     chosen = library.choose(backend, x)
-    if chosen == "eager":
-        y, gates = library.outside_autocast(eager.mogu_linear, x.device.type, *operands)
-        return y, gates if return_gates else gates.new_empty(len(x), 0)
+    if chosen == "triton":
+        from mogu_kernels import launch  # Triton is imported by whoever needs it
+
+        columns = lora_A.shape[0] * lora_A.shape[1] if for_backward else 0
+        ranks = x.new_empty(len(x), columns, dtype=torch.float32)
+        y, gates = launch.mogu_linear(
+            x, *own, return_gates or for_backward, library.parse(config), ranks if columns else None
+        )
+        return y, gates, ranks
     if chosen == "cpu":
-        return cpu.mogu_linear(*operands, return_gates=return_gates)
-    from mogu_kernels import launch  # Triton is imported by whoever needs it
+        y, gates = cpu.mogu_linear(x, *own, return_gates=return_gates or for_backward)
+        if not for_backward:
+            return y, gates, _nothing(gates)
+        return y, gates, library.outside_autocast(eager.shrink, "cpu", x, lora_A)
+    y, gates, ranks = library.outside_autocast(
+        eager.mogu_linear_for_backward, x.device.type, x, *own
+    )
+    if for_backward:
+        return y, gates, ranks
+    return y, gates if return_gates else _nothing(gates), _nothing(gates)
 
-    return launch.mogu_linear(*operands, return_gates=return_gates, config=library.parse(config))
+
+def _nothing(gates: Tensor) -> Tensor:
+    """An output that was not asked for: [M, 0]."""
+    return gates.new_empty(len(gates), 0)
 
 
-def _fake(x, weight, bias, lora_A, *args):
+def _fake(
+    x, weight, bias, lora_A, lora_B, gate_weight, gate_bias, scaling, gate, routed,
+    return_gates, backend, config, for_backward=False,
+):  # fmt: skip
     """Shapes and dtypes only."""
-    return_gates = args[-3]
-    gates_dtype = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    columns = lora_A.shape[0] if return_gates else 0
-    return y, x.new_empty(x.shape[0], columns, dtype=gates_dtype)
+    M, (E, rank, _) = x.shape[0], lora_A.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(M, weight.shape[0]),
+        x.new_empty(M, E if return_gates or for_backward else 0, dtype=wide),
+        x.new_empty(M, E * rank if for_backward else 0, dtype=wide),
+    )
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scaling, ctx.gate, routed, ctx.return_gates, _, _ = inputs
-    ctx.save_for_backward(*tensors, routed)
+    """Operands, and what the forward found on the way: [M, E] gates and [M, E * r] ranks."""
+    *tensors, ctx.scaling, ctx.gate, routed, _, ctx.backend, _, for_backward = inputs
+    _, gates, ranks = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(ranks)
+    found = (gates, ranks) if for_backward else (None, None)
+    ctx.save_for_backward(*tensors, routed, *found)
 
 
-def _backward(ctx, grad_y, grad_gates):
-    *tensors, routed = ctx.saved_tensors
-    grads = eager.mogu_linear_backward(
-        grad_y,
-        grad_gates if ctx.return_gates else None,
-        *tensors,
-        scaling=ctx.scaling,
-        gate=ctx.gate,
-        routed=routed,
-        wanted=ctx.needs_input_grad[: len(tensors)],
-    )
-    return *grads, None, None, None, None, None, None
+@once_differentiable
+def _backward(ctx, grad_y, grad_gates, _):
+    *tensors, routed, gates, ranks = ctx.saved_tensors
+    if ranks is None:  # the bare op was called, or an exported graph: found once more
+        x, _, _, lora_A, _, gate_weight, gate_bias = tensors
+        gates, ranks = eager.gates_and_ranks(x, lora_A, gate_weight, gate_bias, ctx.gate)
+        grad_gates = None if grad_gates is None or not grad_gates.shape[1] else grad_gates
+    wanted = list(ctx.needs_input_grad[: len(tensors)])
+    args = (grad_y, grad_gates, gates, ranks, *tensors, ctx.scaling, ctx.gate, routed, wanted)
+    grads = iter(torch.ops.mogu.mogu_linear_backward(*args, ctx.backend))
+    return *(next(grads) if want else None for want in wanted), *[None] * 7
+
+
+def _backward_implementation(*args):
+    *operands, backend = args
+    x = operands[4]
+    if library.choose(backend, x) == "triton":
+        from mogu_kernels import launch
+
+        grads = launch.mogu_linear_backward(*operands)
+    else:
+        grads = library.outside_autocast(eager.mogu_linear_backward, x.device.type, *operands)
+    return [grad for grad in grads if grad is not None]
+
+
+def _fake_backward(grad_y, grad_gates, gates, ranks, *args):
+    tensors, wanted = list(args[:7]), args[-2]
+    grads = [None if t is None else t.new_empty(t.shape) for t in tensors]
+    E, N, rank = tensors[4].shape
+    grads[4] = tensors[4].new_empty(N, E, rank).permute(1, 0, 2)  # as it lies in a module
+    return [grad for grad, want in zip(grads, wanted, strict=True) if want]
 
 
 library.define(
     "mogu_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
     "Tensor gate_weight, Tensor gate_bias, float[] scaling, str gate, Tensor? routed, "
-    "bool return_gates, str backend, str config) -> (Tensor y, Tensor gates)",
+    "bool return_gates, str backend, str config, bool for_backward=False) "
+    "-> (Tensor y, Tensor gates, Tensor ranks)",
     _implementation,
     _fake,
+)
+library.define(
+    "mogu_linear_backward(Tensor? grad_y, Tensor? grad_gates, Tensor gates, Tensor ranks, "
+    "Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor gate_weight, "
+    "Tensor gate_bias, float[] scaling, str gate, Tensor? routed, bool[] wanted, str backend) "
+    "-> Tensor[]",
+    _backward_implementation,
+    _fake_backward,
 )
 torch.library.register_autograd(
     "mogu::mogu_linear", _backward, setup_context=_save, lib=library.LIBRARY

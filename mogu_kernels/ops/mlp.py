@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mogu_kernels import checks, cpu, eager
 from mogu_kernels.ops import library
@@ -136,18 +137,21 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, routed, *(tensor for tensors in lists for tensor in tensors))
 
 
+@once_differentiable
 def _backward(ctx, grad_y, grad_gates):
     x, routed, *flat = ctx.saved_tensors
     lists = [[flat.pop(0) for _ in range(length)] for length in ctx.lengths]
-    grads = eager.gated_mlp_backward(
+    grads = library.outside_autocast(
+        eager.gated_mlp_backward,
+        x.device.type,
         grad_y,
         grad_gates if ctx.return_gates else None,
         x,
         *lists,
-        scaling=ctx.scaling,
-        gate=ctx.gate,
-        activation=ctx.activation,
-        routed=routed,
+        ctx.scaling,
+        ctx.gate,
+        ctx.activation,
+        routed,
     )
     return *grads, None, None, None, None, None, None, None
 
