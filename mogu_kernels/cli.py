@@ -5,6 +5,7 @@ stderr, and only on a terminal; with `--json` stdout is one JSON document.
 """
 
 import contextlib
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 import mogu_kernels as mk
 from mogu_kernels import doctor, inspection, plots
 from mogu_kernels.hf import load_pretrained
+from mogu_kernels.packages import sha256_of
 from mogu_kernels.router import split_gate_weight
 
 try:
@@ -151,6 +153,108 @@ def generate(
         if len(answers) > 1:
             typer.echo(f"> {answer['prompt']}")
         typer.echo(answer["answer"])
+
+
+@app.command("eval", epilog="Example: mogu eval model-dir checkpoint-dir --limit 50")
+def measure(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model: a folder or a hub id.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A MoGU checkpoint, or a PEFT folder; the base if none.")
+    ] = None,
+    defence: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A decode-time defence; an unknown name lists them."),
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A prompt set; repeatable; all if none")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts of each set, at most.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 32,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw tokens, not greedily.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the draws; needs --sample.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write eval.json, and gates.png if there are any, here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure refusal by prompt set, response perplexity and gates.
+
+    The sets are public ones, read out of their packages and never stored with the results.
+    """
+    from mogu_kernels import evaluation
+
+    if seed is not None and not sample:
+        raise ValueError(f"seed={seed}, but greedy decoding draws nothing: add --sample")
+    test = evaluation.split().test
+    if unknown := set(sets or ()) - set(test):
+        raise ValueError(f"no set is named {sorted(unknown)[0]!r}: take any of {', '.join(test)}")
+    system = evaluation.load_system(*load_pretrained(model), checkpoint, defence)
+    found = evaluation.evaluate(
+        system,
+        {name: test[name] for name in sets or test},
+        prefixes=evaluation.refusal_prefixes(),
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        sample=sample,
+        seed=seed or 0,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "eval.json").write_text(json.dumps(found, indent=2) + "\n")
+        if "gates" in found:
+            evaluation.draw_gates([found], path=out / "gates.png")
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo(doctor.aligned(evaluation.in_words(found)))
+
+
+@app.command(epilog="Example: mogu train mogu.yaml out --model model-dir --data train.jsonl")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A .yaml or .json file of settings.")],
+    out: Annotated[Path, typer.Argument(help="The folder of the run; a stopped one goes on.")],
+    model: Annotated[
+        str | None, typer.Option(help="A Hugging Face model: a folder or a hub id; the recipe's.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Examples: .json, .jsonl, .csv or .parquet; repeatable; the recipe's."),
+    ] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="Likewise, for the early stop; the recipe's.")
+    ] = None,
+) -> None:
+    """Train a MoGU of a model: two responders, then the routers."""
+    from mogu_kernels import training
+
+    config = training.load_config(recipe)
+    name = model or config.model
+    files = {"data": data or config.data, "validation": validation or config.validation}
+    if not name:
+        raise ValueError(f"{recipe} names no model: add one, or say --model")
+    if not files["data"]:
+        raise ValueError(f"{recipe} names no data: add files, or say --data")
+    examples = {
+        kind: [example for path in paths for example in training.read_examples(path)]
+        for kind, paths in files.items()
+    }
+    config = dataclasses.replace(
+        config,
+        model=Path(name).name if Path(name).is_dir() else name,
+        **{kind: tuple(map(str, paths)) for kind, paths in files.items()},
+    )
+    hashes = {str(p): sha256_of(Path(p)) for paths in files.values() for p in paths}
+    checkpoint = training.train(
+        config,
+        *load_pretrained(name),
+        examples["data"],
+        out,
+        validation=examples["validation"],
+        provenance={"data_sha256": hashes},
+    )
+    typer.echo(f"{out / 'checkpoint'}: {len(checkpoint.modules)} projections")
+    for stage, metrics in checkpoint.config.provenance["metrics"].items():
+        typer.echo(f"  {stage}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
 
 
 @app.command(epilog="Example: mogu inspect checkpoint-dir --plot layers.png")

@@ -1,8 +1,9 @@
-"""Figures of gates and of checkpoints; matplotlib is imported when one is drawn.
+"""Figures of gates, checkpoints and defences; matplotlib is imported when one is drawn.
 
 Nothing here touches pyplot: the user's backend and open figures stay as they are.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -179,6 +180,55 @@ def plot_layers(inspection: Mapping[str, Any], *, path: str | os.PathLike | None
     return _saved(figure, path)
 
 
+def plot_frontier(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    path: str | os.PathLike | None = None,
+) -> Any:
+    """Security against usability, one named point per defence: the upper right corner is best.
+
+    Bars reach from the least to the greatest seed. The line joins the systems that no other
+    dominates.
+
+    Args:
+        points: {name: (usability, security) of every seed, as fractions}.
+        path: write a PNG there.
+
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ValueError: no points, or one that is no pair of fractions.
+        ImportError: matplotlib is missing.
+    """
+    if not points or not all(points.values()):
+        raise ValueError("points has a system without any: give each its seeds")
+    seeds = {name: 100 * torch.tensor(own, dtype=torch.float64) for name, own in points.items()}
+    for name, own in seeds.items():
+        if own.ndim != 2 or own.shape[1] != 2 or not ((own >= 0) & (own <= 100)).all():
+            raise ValueError(f"points of {name!r} are {points[name]}: take pairs of fractions")
+    means = torch.stack([own.mean(0) for own in seeds.values()])
+    figure = _figure(7.6, 6.0)
+    axis = figure.subplots()
+    best = _undominated(means)
+    axis.plot(*means[best].T.tolist(), color="0.75", linewidth=1.5, zorder=1)
+    drawn = list(itertools.pairwise(means[best]))  # lines, which no name may cross
+    for i, own in enumerate(seeds.values()):
+        x, y = means[i].tolist()
+        (left, bottom), (right, top) = own.amin(0).tolist(), own.amax(0).tolist()
+        bars = {"xerr": [[x - left], [right - x]], "yerr": [[y - bottom], [top - y]]}
+        drawn.append((torch.tensor([left, y]), torch.tensor([right, y])))
+        drawn.append((torch.tensor([x, bottom]), torch.tensor([x, top])))
+        colour = f"C{0 if i in best else 7}"
+        axis.errorbar(x, y, **bars, fmt="o", color=colour, markersize=6, elinewidth=1.0, zorder=2)
+    axis.set_xlabel("usability: benign prompts not refused, %")
+    axis.set_ylabel("security: malicious prompts refused, %")
+    axis.grid(alpha=0.3)
+    axis.margins(0.08)
+    _name_points(figure, axis, dict(zip(seeds, means.tolist(), strict=True)), drawn)
+    return _saved(figure, path)
+
+
 def _figure(width: float, height: float) -> Any:
     """A figure of its own canvas, which pyplot does not know."""
     try:
@@ -198,6 +248,77 @@ def _saved(figure: Any, path: str | os.PathLike | None) -> Any:
     if path is not None:
         figure.savefig(path, dpi=120, format="png")
     return figure
+
+
+def _undominated(means: Tensor) -> list[int]:
+    """Rows of [points, 2] that no other row beats in one column and equals in the other; sorted."""
+    better = (means[:, None] <= means).all(-1) & (means[:, None] < means).any(-1)
+    kept = (~better.any(1)).nonzero()[:, 0].tolist()
+    return sorted(kept, key=lambda i: means[i].tolist())
+
+
+def _name_points(
+    figure: Any,
+    axis: Any,
+    points: Mapping[str, Sequence[float]],
+    lines: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """A name near each point, where it meets no point, no line and no other name."""
+    figure.draw_without_rendering()
+    inside, scale = axis.get_window_extent(), figure.dpi / 72
+    to_pixels = axis.transData.transform
+    steps = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None]
+    dots = torch.cat([begin + (end - begin) * steps for begin, end in lines])
+    dots = torch.from_numpy(to_pixels(dots.numpy())).round().unique(dim=0)
+    centres = torch.from_numpy(to_pixels(list(points.values())))
+    taken = torch.cat([_boxes(centres - 6, 12, 12), _boxes(dots - 1, 2, 2)])
+    style = {"fontsize": 9, "parse_math": False, "va": "bottom", "ha": "left"}
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+    placed = zip(points.items(), centres, strict=True)
+    for (name, point), centre in sorted(placed, key=lambda own: -own[1][1]):
+        sample = axis.text(0, 0, name, **style)
+        size = sample.get_window_extent()
+        sample.remove()
+        box = _free_box(centre, size.width, size.height, taken, inside)
+        taken = torch.cat([taken, box[None]])
+        nearest = ((centre - box[:2]) / (box[2:] - box[:2])).clamp(0, 1)
+        axis.annotate(
+            name,
+            point,
+            ((box[:2] - centre) / scale).tolist(),
+            textcoords="offset points",
+            arrowprops=line | {"relpos": nearest.tolist()},  # where the line leaves the name
+            **style,
+        )
+
+
+def _free_box(centre: Tensor, width: float, height: float, taken: Tensor, inside: Any) -> Tensor:
+    """The nearest place [4] for a name around its point, in pixels; any where none is free.
+
+    Args:
+        centre: [2], of the point.
+        width: of the name.
+        height: likewise.
+        taken: boxes [n, 4].
+        inside: the axes' box.
+    """
+    radius = torch.arange(8.0, 400.0, 4.0, dtype=torch.float64)[:, None]
+    turn = torch.arange(24)  # from the right, by turns up and down
+    angle = math.pi / 12 * ((turn + 1) // 2) * (1 - 2 * (turn % 2))
+    left = radius * angle.cos() - width * (1 - angle.cos()) / 2
+    bottom = radius * angle.sin() - height / 2
+    corners = centre + torch.stack([left, bottom], -1).flatten(0, 1)
+    boxes = _boxes(corners, width, height)
+    free = (boxes[:, :2] > torch.tensor([inside.x0, inside.y0])).all(1)
+    free &= (boxes[:, 2:] < torch.tensor([inside.x1, inside.y1])).all(1)
+    apart = (boxes[:, None, :2] > taken[:, 2:] + 1) | (boxes[:, None, 2:] < taken[:, :2] - 1)
+    free &= apart.any(-1).all(-1)
+    return boxes[free.int().argmax()]
+
+
+def _boxes(corners: Tensor, width: float, height: float) -> Tensor:
+    """[n, 4]: left, bottom, right, top, of lower left corners [n, 2]."""
+    return torch.cat([corners, corners + torch.tensor([width, height])], 1)
 
 
 def _maps(gates: Mapping[str, Tensor], expert_names: Sequence[str], sequence: int) -> Tensor:

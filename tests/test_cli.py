@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import mogu_kernels as mk
-from mogu_kernels import cli, inspection
+from mogu_kernels import cli, evaluation, inspection
+from mogu_kernels.training.data import Example
 from tests import tiny
 
 TEMPLATE = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
@@ -76,6 +77,8 @@ COMMANDS = (
     (),
     ("demo",),
     ("generate",),
+    ("eval",),
+    ("train",),
     ("inspect",),
     ("convert",),
     ("convert", "peft"),
@@ -175,6 +178,57 @@ def test_several_answers_stand_below_their_prompts(folders, run):
 def test_a_seed_repeats_the_draws(folders, run):
     command = ("generate", folders / "model", folders / "mlp", "hello", "--sample", "--seed")
     assert run(*command, 3)[1] == run(*command, 3)[1] != run(*command, 4)[1]
+
+
+@pytest.fixture
+def small_sets(monkeypatch):
+    """Two sets of prompts instead of the packages'."""
+    test = {
+        "bad": [Example(f"bad {i}", None, True, "t") for i in range(3)],
+        "good": [Example(f"good {i}", "a good answer", False, "t") for i in range(3)],
+    }
+    monkeypatch.setattr(evaluation, "split", lambda: types.SimpleNamespace(test=test))
+    monkeypatch.setattr(evaluation, "refusal_prefixes", lambda: (("", "x"), ("x",)))
+    return test
+
+
+def test_eval_measures_what_the_library_does(folders, run, small_sets, tmp_path):
+    command = ("eval", folders / "model", folders / "mlp", "--max-new-tokens", 3)
+    code, out, _ = run(*command, "--limit", 2, "--json", "--out", tmp_path / "new")
+    assert code == 0
+    found = json.loads(out)
+    model = AutoModelForCausalLM.from_pretrained(folders / "model").eval()
+    system = evaluation.load_system(model, byte_tokenizer(), folders / "mlp")
+    prefixes = evaluation.refusal_prefixes()
+    expected = evaluation.evaluate(system, small_sets, prefixes=prefixes, limit=2, max_new_tokens=3)
+    assert found == expected
+    assert json.loads((tmp_path / "new" / "eval.json").read_text()) == found
+    assert (tmp_path / "new" / "gates.png").is_file()
+
+
+def test_eval_tells_people_a_line_a_figure(folders, run, small_sets):
+    command = ("eval", folders / "model", "--defence", "rose", "--max-new-tokens", 3)
+    _, out, _ = run(*command, "--sets", "bad")
+    assert out == "bad refused  100.0 % (43.9 to 100.0) of 3 malicious prompts\n"
+    _, out, _ = run(*command, "--sets", "good", "--sample", "--seed", 3)
+    assert [line.split("  ")[0] for line in out.splitlines()] == [
+        "good refused",
+        "perplexity, decoded",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sets", "worse"), "no set is named 'worse': take any of bad, good"),
+        (("--defence", "hope"), "defence='hope': take one of self_reminder"),
+        (("--seed", 1), "seed=1, but greedy decoding draws nothing: add --sample"),
+    ],
+)
+def test_eval_refuses_what_it_does_not_know(folders, run, small_sets, options, message):
+    code, _, err = run("eval", folders / "model", *options)
+    assert code == 1
+    assert err.startswith(f"mogu: {message}")
 
 
 def test_inspect_measures_what_the_checkpoint_holds(folders):
@@ -415,3 +469,26 @@ def test_wrong_usage_is_exit_code_2(folders, run, arguments):
     code, out, err = run(*(argument.format(folders) for argument in arguments))
     assert (code, out) == (2, "")
     assert "Usage: mogu" in err
+
+
+def test_train_makes_a_checkpoint_of_files(run, folders, tmp_path):
+    rows = [("bad", "", True), ("worse", "", True), ("good", "yes", False), ("better", "no", False)]
+    data = tmp_path / "data.csv"
+    lines = ["instruction,response,malicious", *(f"{i},{r},{m}" for i, r, m in rows)]
+    data.write_text("\n".join(lines))
+    brief = "{steps: 1, batch: 1, accumulation: 1}"
+    recipe = tmp_path / "brief.yaml"
+    recipe.write_text("\n".join(f"{stage}: {brief}" for stage in ("glad", "unwill", "router")))
+    asked = ("train", recipe, tmp_path / "run")
+    code, out, _ = run(*asked, "--model", folders / "model", "--data", data)
+    assert code == 0
+    assert "2 projections" in out
+    about = mk.load_checkpoint(tmp_path / "run/checkpoint").config.provenance
+    assert about["data_sha256"].keys() == {str(data)}
+    assert run(*asked, "--data", data)[2].endswith("names no model: add one, or say --model\n")
+    code, _, err = run(*asked, "--model", folders / "model")
+    assert err.endswith("names no data: add files, or say --data\n")
+    data.write_text("instruction,malicious\nbad,true\n,true\n")
+    code, _, err = run(*asked, "--model", folders / "model", "--data", data)
+    assert code == 1
+    assert f"{data}:3: empty instruction" in err

@@ -144,6 +144,67 @@ def test_distributions_that_do_not_fit_are_refused(gates, message):
         plots.plot_gate_distributions(gates)
 
 
+SOME_DEFENCES = {
+    "base": [(1.0, 0.05)],
+    "glad only": [(1.0, 0.03), (0.99, 0.02)],
+    "unwill only": [(0.05, 1.0), (0.1, 0.98)],
+    "fine-tuning": [(0.8, 0.9), (0.7, 0.92)],
+    "MoGU": [(0.96, 0.95), (0.97, 0.93)],
+    "MoGU v2": [(0.97, 0.94), (0.96, 0.92)],
+} | {f"defence ${i}_x": [(0.95 + i / 200, 0.02 + i / 300)] for i in range(8)}
+
+
+def test_a_frontier_has_a_point_a_name_and_bars_per_defence(tmp_path):
+    figure = plots.plot_frontier(SOME_DEFENCES, path=tmp_path / "frontier.png")
+    (axis,) = figure.axes
+    means = {
+        name: tuple(100 * sum(own[d] for own in seeds) / len(seeds) for d in (0, 1))
+        for name, seeds in SOME_DEFENCES.items()
+    }
+    assert {text.get_text() for text in axis.texts} == set(SOME_DEFENCES)
+    for text in axis.texts:
+        assert text.xy == pytest.approx(means[text.get_text()])
+    line = axis.lines[0]
+    best = [
+        means[name]
+        for name in means
+        if not any(
+            other != means[name] and other[0] >= means[name][0] and other[1] >= means[name][1]
+            for other in means.values()
+        )
+    ]
+    drawn = list(zip(*line.get_data(), strict=True))
+    assert drawn == [pytest.approx(point) for point in sorted(best)]
+    bars = axis.containers[list(SOME_DEFENCES).index("unwill only")].lines[2]
+    assert bars[0].get_segments()[0][:, 0].tolist() == pytest.approx([5.0, 10.0])
+    assert bars[1].get_segments()[0][:, 1].tolist() == pytest.approx([98.0, 100.0])
+
+
+def test_no_name_of_a_frontier_meets_another_or_leaves_the_axes():
+    for points in (SOME_DEFENCES, {f"system {i}": [(0.5, 0.5)] for i in range(20)}):
+        figure = plots.plot_frontier(points)
+        figure.draw_without_rendering()
+        (axis,) = figure.axes
+        boxes = [super(type(text), text).get_window_extent() for text in axis.texts]
+        assert all(not a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        frame = axis.get_window_extent()
+        assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ({}, "without any"),
+        ({"base": []}, "without any"),
+        ({"base": [(95.0, 5.0)]}, "take pairs of fractions"),
+        ({"base": [(0.1, 0.2, 0.3)]}, "take pairs of fractions"),
+    ],
+)
+def test_a_frontier_of_no_fractions_is_refused(points, message):
+    with pytest.raises(ValueError, match=message):
+        plots.plot_frontier(points)
+
+
 def test_layers_of_a_checkpoint(tmp_path):
     model = tiny.llama(num_hidden_layers=3)
     found = inspection.inspect_checkpoint(tiny.checkpoint(model, ("o_proj", "up_proj")))

@@ -1,0 +1,208 @@
+"""Every defence on the real model: security, usability, perplexity; one table, two kinds of figure.
+
+    python -m bench.comparison --artefacts DIR --seeds 0 1 2
+
+`DIR/seed-S/` holds what training with seed S left: mogu, mogu_v2 (checkpoints), glad, unwill, sft,
+led (PEFT LoRA folders) and dro (PEFT prompt tuning). All of them must have been trained on the
+split of `--split-seed`, on whose held-out part everything is measured. What needs no training is
+measured once. Each finished system is kept in `DIR/evaluated/`, so that a run which was stopped
+goes on. Written to `bench/results/comparison.{md,json}` and `bench/results/comparison/`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from bench import machine
+from demo.smollm2 import NAME, load_smollm2
+from mogu_kernels.evaluation import evaluate, figures, load_system, markdown, sets
+
+RESULTS = Path("bench/results")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Compared(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        label: its name in print.
+        artefact: the folder of a seed that it needs, or None.
+        defence: its name in `mogu_kernels.evaluation.DEFENCES`, or None.
+    """
+
+    label: str
+    artefact: str | None = None
+    defence: str | None = None
+
+
+SYSTEMS = {
+    "base": Compared("base"),
+    "glad": Compared("glad only", "glad"),
+    "unwill": Compared("unwill only", "unwill"),
+    "mogu": Compared("MoGU", "mogu"),
+    "mogu_v2": Compared("MoGU v2", "mogu_v2"),
+    "sft": Compared("safety fine-tuning", "sft"),
+    "led": Compared("LED", "led"),
+    "dro": Compared("DRO", "dro"),
+    "safe_decoding": Compared("SafeDecoding", "sft", "safe_decoding"),
+    "rose": Compared("ROSE", None, "rose"),
+    "self_reminder": Compared("self-reminder", None, "self_reminder"),
+    "in_context": Compared("in-context defence", None, "in_context"),
+    "retokenization": Compared("retokenization", None, "retokenization"),
+    "input_detection": Compared("input detection", None, "input_detection"),
+    "self_examination": Compared("self-examination", None, "self_examination"),
+}
+
+
+def compare(
+    artefacts: Path,
+    seeds: list[int],
+    load: Callable[[], tuple[Any, Any]],
+    settings: Mapping[str, Any],
+    names: list[str],
+    **data: Any,
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """Evaluate every system that is there, or take it from an earlier run.
+
+    Args:
+        artefacts: the folder with one of each seed.
+        seeds: of training.
+        load: a fresh (model, tokenizer); every system gets its own.
+        settings: keywords of `evaluate`, and anything else a result depends on under "about".
+        names: of `SYSTEMS`.
+        **data: `sets` and `prefixes` of `evaluate`.
+
+    Returns:
+        (results by system, one a seed; "SYSTEM, seed S" for what has no artefact).
+    """
+    options = {key: value for key, value in settings.items() if key != "about"}
+    results: dict[str, list[dict[str, Any]]] = {}
+    missing = []
+    runs = [(name, seed) for name in names for seed in (seeds if SYSTEMS[name].artefact else [0])]
+    bar = tqdm(runs)
+    for name, seed in bar:
+        bar.set_description(f"{name}, seed {seed}")
+        _, artefact, defence = SYSTEMS[name]
+        folder = artefacts / f"seed-{seed}" / artefact if artefact else None
+        if folder is not None and not folder.is_dir():
+            missing.append(f"{SYSTEMS[name].label}, seed {seed}")
+            continue
+        known = {**settings, "artefact": digest(folder) if folder else None}
+        cache = artefacts / "evaluated" / f"{name}-{seed}.json"
+        result = _cached(cache, known)
+        if result is None:
+            system = load_system(*load(), folder, defence)
+            result = evaluate(system, **data, **options, seed=seed)
+            write(cache, {"settings": known, "result": result})
+        results.setdefault(name, []).append(result)
+    return results, missing
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of a folder's files, names and bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write(path: Path, values: Any) -> None:
+    """JSON, all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    half.write_text(json.dumps(values, indent=1) + "\n")
+    half.replace(path)
+
+
+def _cached(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """An earlier result, if it was measured in the same way."""
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return found["result"] if found["settings"] == json.loads(json.dumps(settings)) else None
+
+
+def _without_prompts(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Results without the gates of single prompts, which only the figures need."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(own) for key, own in value.items() if key != "by_prompt"}
+        return [kept(own) for own in value] if isinstance(value, list) else value
+
+    return kept(dict(results))
+
+
+def _page(table: str, settings: Mapping[str, Any], seeds: list[int], missing: list[str]) -> str:
+    """The table with its circumstances."""
+    way = "sampled at temperature 1" if settings["sample"] else "greedy"
+    lines = [
+        f"# Defences on {NAME} (dequantised from Q4_1)",
+        "",
+        f"Training seeds {', '.join(map(str, seeds))}; answers of {settings['max_new_tokens']} "
+        f"tokens, {way}; {settings['about']['dtype']}. A refusal is one by the keyword rule: this "
+        "model's other answers to malicious prompts are mostly incoherent, so they are not called "
+        f"harmful. {platform.machine()}, torch {torch.__version__}, commit {machine.commit()}. "
+        "Written by `python -m bench.comparison`.",
+        "",
+        table,
+    ]
+    if missing:
+        lines += [f"Not trained, so not in the table: {'; '.join(missing)}.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--artefacts", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--limit", type=int, default=100, help="prompts of each set")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--sample", action="store_true", help="draw answers at temperature 1")
+    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    torch.set_float32_matmul_precision("medium")  # oneDNN's GEMMs: faster on some CPUs
+    split = sets.split(asked.split_seed)
+    settings = {
+        "limit": asked.limit,
+        "max_new_tokens": asked.max_new_tokens,
+        "sample": asked.sample,
+        "about": {"dtype": asked.dtype, "model": NAME, "test": _test_hashes(split.sha256)},
+    }
+    results, missing = compare(
+        asked.artefacts,
+        asked.seeds,
+        lambda: load_smollm2(DTYPES[asked.dtype]),
+        settings,
+        asked.systems,
+        sets=split.test,
+        prefixes=sets.refusal_prefixes(),
+    )
+    labels = {name: own.label for name, own in SYSTEMS.items()}
+    page = _page(markdown(results, labels), settings, asked.seeds, missing)
+    write(asked.out / "comparison.json", {**settings, "systems": _without_prompts(results)})
+    (asked.out / "comparison.md").write_text(page)
+    figures(results, asked.out / "comparison", labels)
+    Console().print(page, markup=False)
+
+
+def _test_hashes(sha256: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in sha256.items() if name.startswith("test/")}
+
+
+if __name__ == "__main__":
+    main()
