@@ -1,16 +1,27 @@
 # Everything a person does by hand. Each target sets up what it needs.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+SEEDS ?= 0 1 2
 ISAS := portable avx2 avx512 avx512bf16
 NATIVE := -std=c++17 -O1 -fopenmp -Icsrc -Wno-ignored-attributes -Wno-psabi
 # idle OpenMP threads sleep: a factor of four when the cores are shared
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check compile compile-3.6 report test-ttir races bench bench-cpu \
+.PHONY: demo train-demo comparison bench-training test check compile compile-3.6 report test-ttir races bench bench-cpu \
 	bench-projection host gpu tune tune-cpu sanitize cross setup clean
 
 demo: setup  ## answer three prompts on a real model: base, published procedure, ours
 	$(BIN)/python -m demo
+
+train-demo: setup  ## train the checkpoint that the demo uses; two cores, under 45 minutes
+	$(BIN)/python -m demo.train
+
+comparison: setup  ## train and measure every defence, SEEDS="0 1 2"; hours; a stopped run goes on
+	$(BIN)/python -m bench.artefacts --seeds $(SEEDS)
+	$(BIN)/python -m bench.comparison --artefacts out/comparison --seeds $(SEEDS)
+
+bench-training: setup  ## one optimiser step: official, PEFT, ours; time, memory, saved bytes
+	$(BIN)/python -m bench.training
 
 test: setup  ## all tests; the real model is fetched once
 	$(BIN)/python -m pytest

@@ -1,0 +1,359 @@
+"""Training: the losses as published, every stage on a toy, killed and resumed, baselines."""
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+
+import mogu_kernels as mk
+from mogu_kernels.training import (
+    Example,
+    ResponderConfig,
+    RouterConfig,
+    StageConfig,
+    TrainingConfig,
+    baselines,
+    batches,
+    load_config,
+    losses,
+    train,
+)
+from mogu_kernels.training.batches import IGNORED, Item, Packer
+from mogu_kernels.training.items import Encoder, couples, pairs
+from mogu_kernels.training.objectives import ResponderObjective, RouterObjective
+from mogu_kernels.training.probe import best_layers, probe_losses
+from mogu_kernels.training.routers import train_routers
+from mogu_kernels.training.trainer import STATE_FILE, last_checkpoint
+from reference import losses as published
+from tests import tiny
+from tests.tokens import chat_tokenizer
+
+STAGE = {"learning_rate": 1e-2, "steps": 12, "batch": 4, "save_steps": 4}
+TOY = TrainingConfig(
+    model="toy",
+    max_prompt_tokens=24,
+    max_response_tokens=12,
+    seed=3,
+    glad=ResponderConfig(**STAGE, rank=2),
+    unwill=ResponderConfig(**STAGE, rank=2),
+    router=RouterConfig(**STAGE | {"steps": 24}, accumulation=1, hidden=8),
+)
+MALICIOUS = ["bad apples", "bad bees", "bad cats", "bad dogs", "bad eggs", "bad fish"]
+BENIGN = ["nice apples", "nice bees", "nice cats", "nice dogs", "nice eggs", "nice fish"]
+EXAMPLES = [Example(text, None, True, "toy") for text in MALICIOUS] + [
+    Example(text, f"{text} are fine", False, "toy") for text in BENIGN
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chat_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return Encoder(tokenizer, max_prompt_tokens=24, max_response_tokens=12)
+
+
+def llama(**changes):
+    return tiny.llama(vocab_size=300, eos_token_id=1, pad_token_id=1, bos_token_id=0, **changes)
+
+
+def apart(model, item):
+    """Published losses of an item's answers, each as a sequence of its own."""
+    losses = []
+    for answer in item.answers:
+        ids = torch.tensor([item.prompt + answer])
+        losses.append(published.response_loss(model(input_ids=ids).logits, ids, len(item.prompt)))
+    return losses
+
+
+@pytest.fixture(params=[1024, 40], ids=["one-row", "rows"])
+def packer(request, monkeypatch):
+    monkeypatch.setattr(batches, "ROW_TOKENS", request.param)
+    return Packer(1, torch.float64)
+
+
+def unequal(groups):
+    """The same with a short prompt and a short answer among the others."""
+    (first, *rest), *others = groups
+    short = Item(first.prompt[:4] + first.prompt[-2:], first.answers, first.malicious)
+    cut = Item(first.prompt, [answer[:5] for answer in first.answers], first.malicious)
+    return [[short, *rest], [cut], *others]
+
+
+def test_packed_answers_have_the_losses_of_two_sequences(encoder, packer):
+    model = llama(dtype=torch.float64)
+    groups = unequal(pairs(EXAMPLES, encoder, 0)[:4])
+    batch = packer(groups)
+    assert (len(batch["input_ids"]) > 1) == (batches.ROW_TOKENS == 40)
+    own = [apart(model, item) for group in groups for item in group]
+    rejection, affirmation = torch.stack([torch.stack(losses) for losses in own]).T
+    for wanted, loss in (("rejection", "unwill_loss"), ("affirmation", "glad_loss")):
+        out = ResponderObjective(model, wanted)(**batch)
+        expected = getattr(published, loss)(rejection, affirmation)
+        torch.testing.assert_close(out["loss"], expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(out["wanted"], affirmation.mean(), atol=1e-12, rtol=1e-12)
+
+
+def test_what_a_batch_has_in_common_is_computed_once(encoder):
+    groups = pairs(EXAMPLES, encoder, 0)
+    ids = Packer(1)(groups)["input_ids"]
+    common = 1 + len("bad ")  # the template's beginning as well
+    each = sum(len(i.prompt) - common + sum(map(len, i.answers)) for (i,) in groups)
+    assert ids.shape == (1, common + each)
+
+
+def test_the_router_loss_is_the_published_one(encoder, packer):
+    model = llama(dtype=torch.float64)
+    mk.attach(model, tiny.checkpoint(model), trainable=True)
+    objective = RouterObjective(model, ("glad", "unwill"), 2.0)
+    groups = unequal(couples(EXAMPLES, encoder, 0)[:3])
+    out = objective(**packer(groups))
+    total, separation = [], {True: [], False: []}
+    for item in [item for group in groups for item in group]:
+        with mk.record_gates(model) as gates:
+            (response,) = apart(model, item)
+        glad, unwill = ([g[..., e : e + 1] for g in gates.values()] for e in range(2))
+        total.append(published.router_loss(response, unwill, glad, item.malicious, 2.0))
+        separation[item.malicious].append(torch.stack(unwill).mean())
+    torch.testing.assert_close(out["loss"], torch.stack(total).mean(), atol=1e-7, rtol=1e-7)
+    expected = torch.stack(separation[True]).mean() - torch.stack(separation[False]).mean()
+    torch.testing.assert_close(out["separation"], expected, atol=1e-7, rtol=1e-7)
+
+
+def test_padding_is_no_part_of_a_loss():
+    logits, labels = torch.randn(2, 4, 7), torch.tensor([[1, 2, 3, 4], [5, 6, IGNORED, IGNORED]])
+    own = F.cross_entropy(logits[1, :2], labels[1, :2])
+    torch.testing.assert_close(losses.response_loss(logits, labels)[1], own)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer):
+    """(folder, checkpoint, base weights before and after) of one whole toy run."""
+    folder, model = tmp_path_factory.mktemp("run"), llama()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    checkpoint = train(TOY, model, tokenizer, EXAMPLES, folder, validation=EXAMPLES[::3])
+    return folder, checkpoint, before, model
+
+
+def test_training_leaves_the_base_as_it_was(trained):
+    _, _, before, model = trained
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_gates_of_a_trained_toy_tell_the_classes_apart(trained, encoder):
+    folder, _, _, model = trained
+    mk.attach(model, folder / "checkpoint")
+    try:
+        out = RouterObjective(model, ("glad", "unwill"), 2.0)(
+            **Packer(1)(couples(EXAMPLES, encoder, 9))
+        )
+    finally:
+        mk.detach(model)
+    assert out["separation"] > 0.2
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+def test_responders_are_peft_adapters_that_learned_their_answers(trained, encoder):
+    folder, _, _, _ = trained
+    for name, wanted in (("glad", "affirmation"), ("unwill", "rejection")):
+        adapted = PeftModel.from_pretrained(llama(), folder / name / "adapter")
+        out = ResponderObjective(adapted, wanted)(**Packer(1)(pairs(EXAMPLES, encoder, 3)))
+        assert out["wanted"] < out["unwanted"]
+
+
+def test_a_checkpoint_tells_how_it_was_trained(trained):
+    folder, checkpoint, _, _ = trained
+    about = mk.load_checkpoint(folder / "checkpoint").config.provenance
+    assert about["trained"]
+    assert about["config"]["router"]["gate_loss_weight"] == 2.0
+    assert about["metrics"].keys() == {"glad", "unwill", "router"}
+    assert checkpoint.config.router == "linear"
+
+
+RUN = """
+import os, signal, sys
+from tests.test_training import EXAMPLES, TOY, llama
+from tests.tokens import chat_tokenizer
+from mogu_kernels.training import train, trainer
+stop, steps = int(sys.argv[2]), 0
+def step(self, *args, **kwargs):
+    global steps
+    steps += 1
+    if steps == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer._Bar.on_step_end = step
+train(TOY, llama(), chat_tokenizer(), EXAMPLES, sys.argv[1], validation=EXAMPLES[::3])
+"""
+
+
+def test_a_run_that_is_killed_three_times_ends_with_the_same_bytes(trained, tmp_path):
+    whole, *_ = trained
+    for stop in [*(random.Random(11).randint(2, 14) for _ in range(3)), 0]:
+        done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path), str(stop)], check=False)
+        assert done.returncode == (-signal.SIGKILL if stop else 0)
+    for path in sorted((whole / "checkpoint").iterdir()):
+        assert path.read_bytes() == (tmp_path / "checkpoint" / path.name).read_bytes(), path.name
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """Through accelerate, whose launcher this is; gloo on a CPU."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    command = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(tmp_path / "run")], check=False, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    state = tmp_path / "run/router/steps/checkpoint-4" / STATE_FILE
+    assert json.loads(state.read_text())["global_step"] == 4
+    assert mk.load_checkpoint(tmp_path / "run/checkpoint").modules
+
+
+TWO = """
+import dataclasses, sys
+sys.path.insert(0, ".")
+from tests.test_training import EXAMPLES, TOY, llama
+from tests.tokens import chat_tokenizer
+from mogu_kernels.training import train
+stages = ("glad", "unwill", "router")
+short = {name: dataclasses.replace(getattr(TOY, name), steps=4) for name in stages}
+train(dataclasses.replace(TOY, **short), llama(), chat_tokenizer(), EXAMPLES, sys.argv[1])
+"""
+
+
+def test_a_run_that_has_ended_is_not_stepped_again(trained, tokenizer):
+    folder, checkpoint, *_ = trained
+    again = train(TOY, llama(), tokenizer, EXAMPLES, folder, validation=EXAMPLES[::3])
+    for name, tensor in checkpoint.tensors.items():
+        assert torch.equal(tensor, again.tensors[name])
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
+    for step, text in ((4, "{}"), (8, '{"global'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text is not None:
+            (tmp_path / f"checkpoint-{step}" / STATE_FILE).write_text(text)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_another_config_does_not_go_on_in_the_same_folder(trained, tokenizer):
+    folder, *_ = trained
+    other = dataclasses.replace(TOY, seed=4)
+    with pytest.raises(ValueError, match="another config"):
+        train(other, llama(), tokenizer, EXAMPLES, folder)
+
+
+def test_examples_that_do_not_do_stop_a_run_before_it_begins(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="0 malicious and 6 benign examples"):
+        train(TOY, llama(), tokenizer, EXAMPLES[6:], tmp_path)
+    silent = [*EXAMPLES, Example("Hm?", None, False, "data.jsonl:7")]
+    with pytest.raises(ValueError, match=r"data\.jsonl:7: a benign example without a response"):
+        train(TOY, llama(), tokenizer, silent, tmp_path)
+    assert not (tmp_path / "glad").exists()
+
+
+def test_v2_routes_the_best_layers_and_trains_their_projections(tokenizer, tmp_path):
+    model = llama(num_hidden_layers=3)
+    config = dataclasses.replace(
+        TOY, router=dataclasses.replace(TOY.router, layers=2, backbone_rank=3)
+    )
+    checkpoint = train(config, model, tokenizer, EXAMPLES, tmp_path)
+    layers = checkpoint.config.provenance["layers"]
+    assert len(layers) == 2
+    assert checkpoint.modules == [f"model.layers.{n}.self_attn.o_proj" for n in layers]
+    assert checkpoint.config.ranks == (5, 5)
+    assert checkpoint.config.scaling == (8.0, 8.0)  # lora_alpha 16, rank 2
+    for module in checkpoint.modules:
+        own = checkpoint.module_tensors(module)
+        glad, unwill = own["lora_B"]
+        assert torch.equal(glad[:, 2:], unwill[:, 2:])  # one update, which both experts carry
+        assert glad[:, 2:].any()
+        assert not torch.equal(glad[:, :2], unwill[:, :2])
+
+
+def test_routers_without_a_backbone_leave_the_responders_alone(trained, encoder, tmp_path):
+    folder, checkpoint, *_ = trained
+    adapters = {name: folder / name / "adapter" for name in ("glad", "unwill")}
+    start = mk.convert.from_peft(adapters, architecture="LlamaForCausalLM")
+    for name, tensor in start.tensors.items():
+        if "lora" in name:
+            assert torch.equal(tensor, checkpoint.tensors[name])
+
+
+def test_a_probe_finds_the_layer_that_separates():
+    states = torch.randn(4, 60, 8)
+    malicious = torch.arange(60) % 2 == 0
+    states[2, malicious] += 2
+    found = probe_losses(states, malicious)
+    assert best_layers(found, 1) == [2]
+    assert found[2] < 0.4
+    with pytest.raises(ValueError, match="layers=5: the model has 4"):
+        best_layers(found, 5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+@pytest.mark.parametrize("name", ["sft", "led", "dro"])
+def test_baselines_learn_and_leave_the_base_as_it_was(name, tokenizer, encoder, tmp_path):
+    model = llama(num_hidden_layers=9)
+    before = {key: p.clone() for key, p in model.state_dict().items()}
+    config = StageConfig(**STAGE | {"learning_rate": 3e-3})
+    both, own = couples(EXAMPLES, encoder, 0), pairs(EXAMPLES, encoder, 0)
+    run = {"folder": tmp_path / name, "pad_token_id": 1}
+    if name == "sft":
+        baselines.train_sft(model, both, [], config, **run)
+    elif name == "led":
+        baselines.train_led(model, own, [], config, **run)
+    else:
+        baselines.train_dro(model, tokenizer, both, [], own, config, **run)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items())
+    history = json.loads((tmp_path / name / "steps/checkpoint-12" / STATE_FILE).read_text())
+    first, *_, last = [line["loss"] for line in history["log_history"] if "loss" in line]
+    assert last < first
+    assert PeftModel.from_pretrained(model, tmp_path / name / "adapter")
+
+
+def test_the_published_recipe_is_the_default():
+    assert load_config("recipes/mogu.yaml") == TrainingConfig(router=RouterConfig(save_steps=50))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "says"),
+    [
+        ("glad: {rnak: 8}", ValueError, r"glad: unknown rnak; take any of learning_rate"),
+        ("seed: one", TypeError, r"seed is 'one': take int"),
+        ("seed: -1", ValueError, r"seed is -1: take 0 or more"),
+        ("router: 3", ValueError, r"router is a int: take a mapping"),
+        ("data: [1]", TypeError, r"data is \[1\]: take a list of texts"),
+        ("seed: [", ValueError, r"bad\.yaml"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_named(text, error, says, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(error, match=says):
+        load_config(path)
+
+
+def test_softmax_routers_train_too(trained, encoder, tmp_path):
+    folder, *_ = trained
+    adapters = {name: folder / name / "adapter" for name in ("glad", "unwill")}
+    config = dataclasses.replace(TOY.router, gate="softmax", steps=4)
+    checkpoint, metrics = train_routers(
+        llama(), adapters, couples(EXAMPLES, encoder, 0), [], config, tmp_path, pad_token_id=1
+    )
+    assert checkpoint.config.gate == "softmax"
+    assert metrics["loss"] > 0
