@@ -1,8 +1,9 @@
 """What the comparison needs trained, for each seed: `python -m bench.artefacts --seeds 0 1 2`.
 
 `DIR/seed-S/` gets mogu and mogu_v2 (checkpoints), glad, unwill, sft, led (PEFT LoRA folders) and
-dro (PEFT prompt tuning), all trained on the standard split. MoGU reads as many tokens in its three
-stages as every baseline may; each may stop early on the same validation prompts.
+dro (PEFT prompt tuning), all trained on the standard split. A baseline may take as many steps as
+MoGU v2 in all its stages; it ends earlier if its validation loss has not fallen for 60 steps. Every
+method keeps the state that was best on the same validation prompts.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from demo.train import RECIPE, train_on_split
 from mogu_kernels.evaluation import sets
 from mogu_kernels.training import StageConfig, TrainingConfig, baselines, load_config
 from mogu_kernels.training.items import Encoder, couples, pairs
+from mogu_kernels.training.run import same_run
 
+NAMES = ["mogu", "mogu_v2", "sft", "led", "dro"]
 RECIPE_V2 = RECIPE.with_name("smollm2_v2.yaml")
 
 
@@ -25,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--artefacts", type=Path, default=Path("out/comparison"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--names", nargs="+", default=["mogu", "mogu_v2", "sft", "led", "dro"])
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES)
     options = parser.parse_args()
     for seed in options.seeds:
         for name in options.names:
@@ -45,7 +48,7 @@ def produce(name: str, folder: Path, seed: int) -> None:
                 _keep(run / responder / "adapter", folder / responder)
         _keep(run / "checkpoint", folder / name)
         return
-    train_baseline(name, dataclasses.replace(load_config(RECIPE), seed=seed), run)
+    train_baseline(name, dataclasses.replace(load_config(RECIPE_V2), seed=seed), run)
     _keep(run / "adapter", folder / name)
 
 
@@ -68,21 +71,22 @@ def train_baseline(name: str, config: TrainingConfig, run: Path) -> None:
         save_steps=20,
         patience=3,
     )
+    same_run(run, dataclasses.asdict(stage), [*split.train, *split.validation], model)
     both, watched = (couples(e, encoder, config.seed) for e in (split.train, split.validation))
     own, watched_own = (pairs(e, encoder, config.seed) for e in (split.train, split.validation))
     about = {"pad_token_id": encoder.pad_token_id, "seed": config.seed}
     trainers: dict[str, Callable[[], object]] = {
         "sft": lambda: baselines.train_sft(model, both, watched, stage, run, **about),
         "led": lambda: baselines.train_led(model, own, watched_own, stage, run, **about),
-        "dro": lambda: baselines.train_dro(
-            model, tokenizer, both, watched, own, stage, run, **about
-        ),
+        "dro": lambda: baselines.train_dro(model, tokenizer, both, watched, stage, run, **about),
     }
     trainers[name]()
 
 
 def _keep(source: Path, target: Path) -> None:
     """Copy a finished folder; it appears as a whole."""
+    if target.is_dir():
+        return
     half = target.with_name(f".{target.name}")
     shutil.rmtree(half, ignore_errors=True)
     shutil.copytree(source, half)

@@ -3,8 +3,8 @@
     python -m bench.comparison --artefacts DIR --seeds 0 1 2
 
 `DIR/seed-S/` holds what training with seed S left: mogu, mogu_v2 (checkpoints), glad, unwill, sft,
-led (PEFT LoRA folders) and dro (PEFT prompt tuning). All of them must have been trained on the
-split of `--split-seed`, on whose held-out part everything is measured. What needs no training is
+led (PEFT LoRA folders) and dro (PEFT prompt tuning). All of them were trained on
+the standard split, on whose held-out part everything is measured. What needs no training is
 measured once. Each finished system is kept in `DIR/evaluated/`, so that a run which was stopped
 goes on. Written to `bench/results/comparison.{md,json}` and `bench/results/comparison/`.
 """
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from bench import machine
 from demo.smollm2 import NAME, load_smollm2
+from mogu_kernels import evaluation
 from mogu_kernels.evaluation import evaluate, figures, load_system, markdown, sets
 
 RESULTS = Path("bench/results")
@@ -96,7 +97,11 @@ def compare(
         if folder is not None and not folder.is_dir():
             missing.append(f"{SYSTEMS[name].label}, seed {seed}")
             continue
-        known = {**settings, "artefact": digest(folder) if folder else None}
+        known = {
+            **settings,
+            "artefact": digest(folder) if folder else None,
+            "code": digest(Path(evaluation.__file__).parent, "*.py"),
+        }
         cache = artefacts / "evaluated" / f"{name}-{seed}.json"
         result = _cached(cache, known)
         if result is None:
@@ -107,10 +112,10 @@ def compare(
     return results, missing
 
 
-def digest(folder: Path) -> str:
+def digest(folder: Path, pattern: str = "*") -> str:
     """SHA-256 of a folder's files, names and bytes."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -172,11 +177,10 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--sample", action="store_true", help="draw answers at temperature 1")
-    parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("medium")  # oneDNN's GEMMs: faster on some CPUs
-    split = sets.split(asked.split_seed)
+    split = sets.split()
     settings = {
         "limit": asked.limit,
         "max_new_tokens": asked.max_new_tokens,

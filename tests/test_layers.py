@@ -95,7 +95,7 @@ ALLOWED = {
         "mogu_kernels.training",
     },
     "mogu_kernels/evaluation/refusal.py": set(),
-    "mogu_kernels/evaluation/prompts.py": {"torch"},
+    "mogu_kernels/evaluation/prompts.py": {"torch", "mogu_kernels.training.templates"},
     "mogu_kernels/evaluation/systems.py": {
         "torch",
         "tqdm",

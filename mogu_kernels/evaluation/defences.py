@@ -58,7 +58,10 @@ def load_system(
     if (Path(checkpoint) / CONFIG_FILE).is_file():
         loaded = load_checkpoint(checkpoint)
         attach(model, loaded)
-        return RoutedSystem(model, tokenizer, expert_names=loaded.config.expert_names)
+        trained = loaded.config.provenance.get("config", {})
+        prompt = prompts.llama2 if trained.get("template") == "llama2" else prompts.chat
+        names = loaded.config.expert_names
+        return RoutedSystem(model, tokenizer, prompt, expert_names=names)
     if not _is_peft(checkpoint):
         raise ValueError(
             f"{checkpoint} has neither {CONFIG_FILE} nor adapter_config.json: take a folder that "

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mogu_kernels.training.templates import llama2_prompt
+
 Prompt = Callable[[Any, str], list[int]]
 
 SLOT = "\N{OBJECT REPLACEMENT CHARACTER}"  # where an instruction stands in a rendered template
@@ -22,6 +24,14 @@ SLOT = "\N{OBJECT REPLACEMENT CHARACTER}"  # where an instruction stands in a re
 def chat(tokenizer: Any, instruction: str) -> list[int]:
     """The instruction as a user's turn, up to where the model's answer begins."""
     return of_turns(tokenizer, [("user", instruction)])
+
+
+def llama2(tokenizer: Any, instruction: str) -> list[int]:
+    """The instruction in the Llama-2 format with its default system prompt, as MoGU's authors do.
+
+    Source: arXiv 2405.14488, the released Llama-2 files.
+    """
+    return tokenizer(llama2_prompt(instruction), add_special_tokens=False)["input_ids"]
 
 
 def self_reminder(tokenizer: Any, instruction: str) -> list[int]:

@@ -236,6 +236,7 @@ def split(seed: int = 0) -> Split:
     validation = _by_class(chosen, held_out)
     candidates = [example for source in sources for example in source[10:]]
     train = _by_class(candidates, [*held_out, *validation])
+    dropped = len(candidates) - len(train)
     requests = [example for example in train if example.source == "harmbench"]
     wrapped = _wrapped(wrappers[100:130], requests)
     train += deduplicate(wrapped, [*held_out, *validation, *train])
@@ -245,7 +246,7 @@ def split(seed: int = 0) -> Split:
     counts |= {
         "wrappers/all": len(wrappers),
         "dropped/harmbench": len(everything) - len(malicious),
-        "dropped/train": len(candidates) - len(train),
+        "dropped/train": dropped,
         "dropped/validation": len(chosen) - len(validation),
     }
     sha256 = {

@@ -23,6 +23,7 @@ from mogu_kernels.training.objectives import (
     ResponseObjective,
 )
 from mogu_kernels.training.responders import adapter
+from mogu_kernels.training.templates import OPENERS, REFUSALS
 from mogu_kernels.training.trainer import run_stage, save_adapter
 
 # where DRO's prompt starts
@@ -83,9 +84,9 @@ def train_led(
 ) -> dict[str, float]:
     """Edit the layers that refuse, so that the layers that comply decode to refusals.
 
-    The edited layers are those whose removal makes a refusal least likely; the toxic ones those
-    whose hidden states, decoded, make the affirmative opener most likely. The edit of an MLP's
-    down_proj is kept at a low rank. Source: LED, arXiv 2405.18166.
+    The edited layers are those, of the first two thirds, whose removal makes a refusal least
+    likely; the toxic ones those whose hidden states, decoded, make the affirmative opener most
+    likely. The edit of an MLP's down_proj is kept at a low rank. Source: LED, arXiv 2405.18166.
 
     Args:
         model: as in `train_sft`, as what is not named.
@@ -118,7 +119,6 @@ def train_dro(
     tokenizer: Any,
     couples: Sequence[Sequence[Item]],
     validation: Sequence[Sequence[Item]],
-    pairs: Sequence[Sequence[Item]],
     config: StageConfig,
     folder: Path,
     *,
@@ -138,7 +138,7 @@ def train_dro(
     tuning = peft.PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=len(prompt), token_dim=model.config.hidden_size
     )
-    space = _Directions(model, prompt, [*couples, *validation], pairs, pad_token_id)
+    space = _Directions(model, tokenizer, prompt, [*couples, *validation], pad_token_id)
 
     def objective(adapted: Any) -> Objective:
         with torch.no_grad():
@@ -235,7 +235,7 @@ class _Directions:
     """
 
     @torch.no_grad()
-    def __init__(self, model, prompt, couples, pairs, pad):
+    def __init__(self, model, tokenizer, prompt, couples, pad):
         every = {tuple(item.prompt): float(item.malicious) for couple in couples for item in couple}
         queries = list(every)
         harmful = torch.tensor(list(every.values()))
@@ -246,7 +246,7 @@ class _Directions:
         _, _, basis = torch.linalg.svd(states - self.mean, full_matrices=True)
         self.basis = basis.T.contiguous()
         near = (states - self.mean) @ self.basis[:, :COMPONENTS]
-        odds = _refusal_odds(model, prompt, queries, pairs[0], pad)
+        odds = _refusal_odds(model, tokenizer, prompt, queries, pad)
         self.refusal = _fitted(near, odds)
         self.harm = _fitted(near, torch.cat([harmful, harmful]))
         self.start = dict(zip(queries, with_prompt, strict=True))
@@ -307,14 +307,17 @@ def _last_states(model: Any, prompts: list[list[int]], pad: int) -> Tensor:
     return torch.cat(states)
 
 
-def _refusal_odds(model, prompt, queries, pair, pad) -> Tensor:
-    """Log-odds of a refusal's first tokens against an opener's, with and without the prompt."""
-    refusal, opener = (answer[0] for answer in pair[0].answers)
+def _refusal_odds(model, tokenizer, prompt, queries, pad) -> Tensor:
+    """Log-odds of beginning a refusal against an opener, with and without the prompt."""
+    refusals, openers = (
+        sorted({tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in sentences})
+        for sentences in (REFUSALS, OPENERS)
+    )
     odds = []
     for before in (prompt, []):
         states = _last_states(model, [[*before, *q] for q in queries], pad)
         logits = model.lm_head(states.to(model.dtype)).float()
-        odds.append(logits[:, refusal] - logits[:, opener])
+        odds.append(logits[:, refusals].logsumexp(1) - logits[:, openers].logsumexp(1))
     odds = torch.cat(odds)
     return (odds - odds.mean()) / odds.std()
 

@@ -118,6 +118,8 @@ class _Row:
     def add(self, item: Item, common: int) -> None:
         """Append a prompt, without its first `common` tokens, and its answers."""
         prompt = [*range(common), *self._append(item.prompt[common:], common)]
+        if not all(item.answers):
+            raise ValueError("an answer without tokens: allow it at least one")
         for answer in item.answers:
             columns = self._append(answer, len(item.prompt))
             sources = [prompt[-1], *columns[:-1]]

@@ -6,6 +6,17 @@ import typing
 from pathlib import Path
 from typing import Any
 
+# of the settings that are numbers
+MAY_BE_ZERO = (
+    "seed",
+    "routed_tokens",
+    "patience",
+    "max_grad_norm",
+    "dropout",
+    "gate_loss_weight",
+    "backbone_rank",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -150,6 +161,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if type(value) not in kinds and not (value is None and types.NoneType in kinds):
         names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
         raise TypeError(f"{where} is {value!r}: take {names}")
-    if isinstance(value, int | float) and value < 0:
-        raise ValueError(f"{where} is {value}: take 0 or more")
+    least = 0 if where.rpartition(" ")[2] in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12
+    if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+        raise ValueError(f"{where} is {value}: take {'0 or more' if not least else 'more'}")
     return value

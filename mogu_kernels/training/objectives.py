@@ -16,14 +16,16 @@ from mogu_kernels.training.losses import gate_loss, gate_separation, ratio_loss,
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze what `model` has now; afterwards its parameters are trainable or not as before."""
+    """Freeze what `model` has now; afterwards it is as before, its mode included."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = model.training
     try:
         model.requires_grad_(False)
         yield
     finally:
         for parameter, trainable in before.items():
             parameter.requires_grad_(trainable)
+        model.train(training)
 
 
 class Objective(nn.Module):
@@ -32,6 +34,9 @@ class Objective(nn.Module):
     Args:
         model: parameters that are to be trained have `requires_grad`, the others are frozen.
     """
+
+    # a batch's loss is its mean, which the trainer averages over accumulated batches
+    accepts_loss_kwargs = False
 
     def __init__(self, model: nn.Module):
         """See the class."""
@@ -107,6 +112,10 @@ class RouterObjective(Objective):
         """See the class."""
         super().__init__(model)
         self.names, self.gate_loss_weight = names, gate_loss_weight
+
+    def train(self, mode: bool = True) -> "RouterObjective":
+        """Dropout is off in this stage, as published."""
+        return super().train(False)
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Scalars: `loss`, its two parts, and how far the classes' gates are apart."""

@@ -1,6 +1,7 @@
 """A whole run: two responders, then the routers, each stage resumed where it was stopped."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,12 @@ from typing import Any
 
 import torch
 
-from mogu_kernels.checkpoint import MoGUCheckpoint, save_checkpoint
+from mogu_kernels.checkpoint import (
+    MoGUCheckpoint,
+    read_json,
+    save_checkpoint,
+    write_folder,
+)
 from mogu_kernels.training.config import TrainingConfig
 from mogu_kernels.training.data import Example, balance
 from mogu_kernels.training.items import Encoder, couples, pairs
@@ -45,10 +51,9 @@ def train(
         provenance: added to that of the checkpoint, such as hashes of the data.
 
     Raises:
-        ValueError: the data do not fit, or `folder` is of a run with another config.
+        ValueError: the data do not fit, or `folder` is of a run of another config, data or model.
     """
     folder = Path(folder)
-    _same_run(folder, config)
     encoder = Encoder(
         tokenizer,
         max_prompt_tokens=config.max_prompt_tokens,
@@ -59,6 +64,7 @@ def train(
     own, watched = pairs(examples, encoder, seed), pairs(validation, encoder, seed)
     both = couples(examples, encoder, seed)  # before anything is trained: they are checked here
     watched_both = couples(validation, encoder, seed) if validation else []
+    same_run(folder, dataclasses.asdict(config), [*examples, *validation], model)
     layers = None
     if config.router.layers is not None:
         layers = most_separable(model, examples, encoder, config)
@@ -112,12 +118,27 @@ def most_separable(
     return best_layers(losses, config.router.layers or 0)
 
 
-def _same_run(folder: Path, config: TrainingConfig) -> None:
-    """Note the config in `folder`; refuse one that holds the steps of another."""
-    path, text = folder / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    if path.is_file() and path.read_text() != text:
-        raise ValueError(f"{folder} holds a run with another config: delete it or take another")
+def same_run(
+    folder: Path, settings: dict[str, Any], examples: Sequence[Example], model: Any
+) -> None:
+    """Note in `folder` what its steps depend on.
+
+    Raises:
+        ValueError: it holds the steps of a run that depended on something else.
+    """
+    text = json.dumps([[e.instruction, e.response, e.malicious] for e in examples])
+    shape = {key: value for key, value in model.config.to_dict().items() if key[0] != "_"}
+    own = settings | {
+        "examples": hashlib.sha256(text.encode()).hexdigest(),
+        "model_config": hashlib.sha256(repr(sorted(shape.items())).encode()).hexdigest(),
+    }
+    own = json.loads(json.dumps(own))  # as it will be read
+    path = folder / "run.json"
     with on_main_process() as here:
-        if here:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        if here and not path.is_file():
+            write_folder(folder, {path.name: own})
+    noted = read_json(path)
+    if differing := sorted(key for key in noted | own if noted.get(key) != own.get(key)):
+        raise ValueError(
+            f"{folder} holds a run with another {', '.join(differing)}: delete it or take another"
+        )

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +75,7 @@ def run_stage(
         disable_tqdm=True,  # our bar takes its place
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs: one process each, by accelerate
     callbacks: list[TrainerCallback] = [_Bar(title)]
     if watching and config.patience:
         callbacks.append(EarlyStoppingCallback(config.patience))
@@ -90,13 +90,13 @@ def run_stage(
     trainer.remove_callback(PrinterCallback)
     with on_main_process() as here:
         if here:
-            last_checkpoint(folder)  # tidies up
+            _settle(folder)
     resumed = last_checkpoint(folder)
     if resumed is None or not _is_over(resumed):
         trainer.train(resume_from_checkpoint=resumed)
         resumed = last_checkpoint(folder)
     state = TrainerState.load_from_json(f"{resumed}/{STATE_FILE}")
-    best = state.best_model_checkpoint or resumed
+    best = folder / Path(state.best_model_checkpoint or str(resumed)).name  # it may have moved
     objective.load_state_dict(load_file(f"{best}/{SAFE_WEIGHTS_NAME}"))
     hidden = ("step", "epoch", "grad_norm", "learning_rate")
     metrics = {k: v for k, v in _last(state, "loss").items() if k not in hidden}
@@ -108,7 +108,8 @@ def save_adapter(model: Any, folder: Path) -> None:
     with on_main_process() as here:
         if here:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".saving-"))
+            work = folder.with_name(f".{folder.name}")
+            shutil.rmtree(work, ignore_errors=True)
             model.save_pretrained(work)
             (work / "README.md").unlink(missing_ok=True)  # a model card without content
             shutil.rmtree(folder, ignore_errors=True)
@@ -134,6 +135,21 @@ def last_checkpoint(folder: Path) -> str | None:
         else:
             return str(path)
     return None
+
+
+def _settle(folder: Path) -> None:
+    """Let the newest whole checkpoint find the best one, wherever the run was moved to."""
+    newest = last_checkpoint(folder)
+    if newest is None:
+        return
+    state = TrainerState.load_from_json(f"{newest}/{STATE_FILE}")
+    if state.best_model_checkpoint is not None:
+        best = str(folder / Path(state.best_model_checkpoint).name)
+        if best != state.best_model_checkpoint:
+            state.best_model_checkpoint = best
+            half = Path(newest, f".{STATE_FILE}")
+            state.save_to_json(str(half))
+            half.replace(Path(newest, STATE_FILE))
 
 
 def _is_over(checkpoint: str) -> bool:
