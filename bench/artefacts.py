@@ -20,7 +20,7 @@ from mogu_kernels.training.items import Encoder, couples, pairs
 from mogu_kernels.training.run import same_run
 
 NAMES = ["mogu", "mogu_v2", "sft", "led", "dro"]
-RECIPE_V2 = RECIPE.with_name("smollm2_v2.yaml")
+RECIPE_V1 = RECIPE.with_name("smollm2.yaml")
 
 
 def main() -> None:
@@ -41,14 +41,14 @@ def produce(name: str, folder: Path, seed: int) -> None:
         return
     run = folder / "runs" / name
     if name in ("mogu", "mogu_v2"):
-        recipe = RECIPE if name == "mogu" else RECIPE_V2
+        recipe = RECIPE_V1 if name == "mogu" else RECIPE
         train_on_split(dataclasses.replace(load_config(recipe), seed=seed), run)
         if name == "mogu":
             for responder in ("glad", "unwill"):
                 _keep(run / responder / "adapter", folder / responder)
         _keep(run / "checkpoint", folder / name)
         return
-    train_baseline(name, dataclasses.replace(load_config(RECIPE_V2), seed=seed), run)
+    train_baseline(name, dataclasses.replace(load_config(RECIPE), seed=seed), run)
     _keep(run / "adapter", folder / name)
 
 

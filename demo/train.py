@@ -11,7 +11,7 @@ from mogu_kernels.checkpoint import MoGUCheckpoint
 from mogu_kernels.evaluation import sets
 from mogu_kernels.training import TrainingConfig, load_config, train
 
-RECIPE = Path("recipes/smollm2.yaml")
+RECIPE = Path("recipes/smollm2_v2.yaml")
 CHECKPOINT = Path("demo/checkpoint")  # committed
 
 
