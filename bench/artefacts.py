@@ -1,9 +1,9 @@
 """What the comparison needs trained, for each seed: `python -m bench.artefacts --seeds 0 1 2`.
 
 `DIR/seed-S/` gets mogu and mogu_v2 (checkpoints), glad, unwill, sft, led (PEFT LoRA folders) and
-dro (PEFT prompt tuning), all trained on the standard split. A baseline may take as many steps as
-MoGU v2 in all its stages; it ends earlier if its validation loss has not fallen for 60 steps. Every
-method keeps the state that was best on the same validation prompts.
+dro (PEFT prompt tuning), all trained on the standard split. A baseline may read as many tokens as
+MoGU does in all its stages; it ends earlier if its validation loss has not fallen for 60 steps.
+Every method keeps the state that was best on the same validation prompts.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def produce(name: str, folder: Path, seed: int) -> None:
                 _keep(run / responder / "adapter", folder / responder)
         _keep(run / "checkpoint", folder / name)
         return
-    train_baseline(name, dataclasses.replace(load_config(RECIPE), seed=seed), run)
+    train_baseline(name, dataclasses.replace(load_config(RECIPE_V1), seed=seed), run)
     _keep(run / "adapter", folder / name)
 
 
@@ -62,11 +62,12 @@ def train_baseline(name: str, config: TrainingConfig, run: Path) -> None:
         max_response_tokens=config.max_response_tokens,
         template=config.template,
     )
-    stages = (config.glad, config.unwill, config.router)
-    every = [stage.steps for stage in stages if stage.steps is not None]
+    # a step of a responder has half as many tokens as one of the routers
+    responders = (config.glad.steps or 0) + (config.unwill.steps or 0)
+    steps = (config.router.steps or 0) + responders // 2
     stage = StageConfig(
         learning_rate=config.router.learning_rate,
-        steps=sum(every),
+        steps=steps,
         batch=config.router.batch,
         save_steps=20,
         patience=3,
