@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from bench import host, machine, test_projection, timing, tune
+from bench import host, machine, test_projection, timing, training, tune
 from bench.gpu import __main__ as gpu
 from bench.gpu import (
     contenders,
@@ -503,3 +503,10 @@ def test_a_benchmark_refuses_swapped_experts_and_another_weight(name):
         swap = {"lora_B": case.projection.lora_B.flip(0)}
     with pytest.raises(AssertionError):
         test_projection.judge(kind, operands.changed(case.projection, **swap), y)
+
+
+@pytest.mark.parametrize("width", [64, 576])
+def test_training_saves_little_beside_the_input(width):
+    """The published block keeps what is as wide as the projection; ours ranks and gates."""
+    assert training.saved_bytes("ours", width) == 72  # 2 x 8 ranks and 2 gates in fp32
+    assert training.saved_bytes("official", width) > 10 * width

@@ -95,7 +95,8 @@ def _adapted(model: Any, tokenizer: Any, folder: str | os.PathLike) -> System:
 
     adapted: Any = PeftModel.from_pretrained(model, folder).eval()
     if adapted.active_peft_config.peft_type != PeftType.PROMPT_TUNING:
-        return System(adapted, tokenizer)
+        # peft's wrapper would hide that the model can leave out the prompt's logits
+        return System(adapted.get_base_model(), tokenizer)
     vectors = adapted.get_prompt_embedding_to_save(adapted.active_adapter).to(model.dtype)
     soft = prompts.SoftPrompt(model.get_input_embeddings(), vectors.to(model.device))
     model.set_input_embeddings(soft)
