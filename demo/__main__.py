@@ -82,6 +82,7 @@ def show_routing(console: Console) -> None:
     """Answers of the base and of the trained MoGU, side by side, and the gates of the last."""
     model, tokenizer = load_smollm2()
     mk.attach(model, CHECKPOINT)
+    unwill = mk.load_checkpoint(CHECKPOINT).config.expert_names.index("unwill")
     table = Table(title="Base beside routed, trained checkpoint, greedy", show_lines=True)
     for title in ("request", "base", "routed", "mean unwill gate"):
         table.add_column(title, justify="right" if "gate" in title else "left")
@@ -93,7 +94,6 @@ def show_routing(console: Console) -> None:
             )
         with mk.record_gates(model) as gates:
             routed = mk.generate(model, ids, max_new_tokens=NEW_TOKENS, do_sample=False)
-        unwill = mk.load_checkpoint(CHECKPOINT).config.expert_names.index("unwill")
         mean = torch.stack([own[0, ids.shape[1] - 1 :, unwill] for own in gates.values()]).mean()
         answers = [
             " ".join(tokenizer.decode(t[0, ids.shape[1] :], skip_special_tokens=True).split())
