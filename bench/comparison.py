@@ -100,7 +100,8 @@ def compare(
         known = {
             **settings,
             "artefact": digest(folder) if folder else None,
-            "code": digest(Path(evaluation.__file__).parent, "*.py"),
+            # the prompts that sets.py gives are hashed themselves
+            "code": digest(Path(evaluation.__file__).parent, "*.py", but="sets.py"),
         }
         cache = artefacts / "evaluated" / f"{name}-{seed}.json"
         result = _cached(cache, known)
@@ -112,10 +113,10 @@ def compare(
     return results, missing
 
 
-def digest(folder: Path, pattern: str = "*") -> str:
-    """SHA-256 of a folder's files, names and bytes."""
+def digest(folder: Path, pattern: str = "*", *, but: str = "") -> str:
+    """SHA-256 of a folder's files, names and bytes, but for one name."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+    for path in sorted(p for p in folder.rglob(pattern) if p.is_file() and p.name != but):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -180,12 +181,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("medium")  # oneDNN's GEMMs: faster on some CPUs
-    split = sets.split()
+    split, prefixes = sets.split(), sets.refusal_prefixes()
     settings = {
         "limit": asked.limit,
         "max_new_tokens": asked.max_new_tokens,
         "sample": asked.sample,
-        "about": {"dtype": asked.dtype, "model": NAME, "test": _test_hashes(split.sha256)},
+        "about": {
+            "dtype": asked.dtype,
+            "model": NAME,
+            "test": _test_hashes(split.sha256),
+            "prefixes": prefixes,
+        },
     }
     results, missing = compare(
         asked.artefacts,
@@ -194,7 +200,7 @@ def main() -> None:
         settings,
         asked.systems,
         sets=split.test,
-        prefixes=sets.refusal_prefixes(),
+        prefixes=prefixes,
     )
     labels = {name: own.label for name, own in SYSTEMS.items()}
     page = _page(markdown(results, labels), settings, asked.seeds, missing)

