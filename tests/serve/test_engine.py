@@ -18,14 +18,18 @@ from tests.serve.conftest import CHECKPOINT, KINDS, TOKENS
 from tests.serve.padded import save_padded
 
 
-def engine(model, checkpoint=CHECKPOINT, *, locked=False, **options) -> LLM:
-    """In this process where vLLM allows it, so that it starts in seconds."""
-    defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
-    return LLM(
-        str(model),
-        **defaults | {"max_num_seqs": 32, "disable_log_stats": False} | options,
-        additional_config={"mogu": {"checkpoint": str(checkpoint), "locked": locked}},
-    )
+def engine(model, checkpoint=CHECKPOINT, ranks=1, **options) -> LLM:
+    """fp32, eager unless `options` say otherwise; one rank runs in this process."""
+    defaults = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 32,
+        "disable_log_stats": False,
+        "tensor_parallel_size": ranks,
+        "distributed_executor_backend": "uni" if ranks == 1 else "mp",
+    }
+    return LLM(str(model), **defaults | options, additional_config={"mogu": str(checkpoint)})
 
 
 def params(kind: str, tokens: int = TOKENS) -> SamplingParams:
@@ -78,7 +82,7 @@ def test_two_ranks(reference, model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for the counter below
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     save_padded(model_folder, CHECKPOINT, tmp_path)
-    llm = engine(tmp_path / "model", tmp_path / "checkpoint", tensor_parallel_size=2)
+    llm = engine(tmp_path / "model", tmp_path / "checkpoint", ranks=2)
     reference.check(answers(llm, reference))
     llm.collective_rpc(_count_reductions)
     llm.generate(
@@ -159,8 +163,7 @@ def test_families(family, ranks, tmp_path, monkeypatch):
         wanted = model(prompt).logits[0].log_softmax(-1)
         with mk.routing(model, False):
             base = model(prompt).logits[0].log_softmax(-1)
-    options = {"skip_tokenizer_init": True, "tensor_parallel_size": ranks}
-    llm = engine(tmp_path / "model", tmp_path / "checkpoint", **options)
+    llm = engine(tmp_path / "model", tmp_path / "checkpoint", ranks, skip_tokenizer_init=True)
     for kind, logits in (("throughout", wanted), ("base", base)):
         asked = params(kind, 1)
         asked.prompt_logprobs = 0

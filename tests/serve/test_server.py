@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -75,7 +76,13 @@ def serving(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
         *("--enforce-eager", "--block-size", "32", *arguments),
     ]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            start_new_session=True,
+        )
     server = Server(port)
     try:
         end = time.monotonic() + START_SECONDS
@@ -205,6 +212,18 @@ def test_a_malformed_argument_fails_its_request_alone(server, reference, argumen
     assert error.status_code == 400
     assert message in error.message
     reference.check([(1, "routed", tokens)])
+
+
+def test_the_page_of_the_documentation(server, capsys):
+    """Its blocks, on this server."""
+    page = Path("docs/serve-on-vllm.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block.replace("http://localhost:8000", server.root), "page", "exec"), {})
+    printed = capsys.readouterr().out
+    for metric in re.findall(r"`(mogu:\w+)`", page):
+        assert metric in printed, metric
 
 
 def test_locked(model_folder, reference, tmp_path):
