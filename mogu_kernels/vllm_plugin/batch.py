@@ -37,12 +37,14 @@ class Tokens:
         layers: the routed layers by name, in the order in which they run.
         missing: projections of the checkpoint that no layer has taken yet.
         counts: what is counted; of the first rank only.
+        greeting: said once, when every projection has its layer.
     """
 
     def __init__(
         self, modules: Sequence[str], max_tokens: int, max_requests: int, device: torch.device
     ):
         self.missing = set(modules)
+        self._checked = False
         self.mask = torch.zeros(max_tokens, dtype=torch.bool, device=device)
         self.rows = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.answering = torch.zeros(max_tokens, dtype=torch.bool, device=device)
@@ -50,6 +52,7 @@ class Tokens:
         self._places = torch.arange(max_tokens, dtype=torch.int32, device=device)
         self._nobody = max_requests  # where tokens of no request are counted
         self.any = True
+        self.greeting = ""
         self.layers: dict[str, Any] = {}
         self.counts: Counts | None = None
 
@@ -63,6 +66,13 @@ class Tokens:
             checkpoint = settings.load()
             tokens = cls(
                 checkpoint.modules, limits.max_num_batched_tokens, limits.max_num_seqs, device
+            )
+            config = checkpoint.config
+            tokens.greeting = (
+                f"{settings.checkpoint} routes {len(checkpoint.modules)} projections for "
+                f"{config.routed_tokens or 'all'} answer tokens ({config.gate} gates of "
+                f"{', '.join(config.expert_names)})"
+                + ("; requests may not turn it off" if settings.locked else "")
             )
             if settings.metrics is not None and get_tensor_model_parallel_rank() == 0:
                 path = path_of(settings, vllm_config)
@@ -87,15 +97,19 @@ class Tokens:
                 f"vLLM's model has no layer for {', '.join(sorted(self.missing))} of the MoGU "
                 "checkpoint: take one that routes other projections"
             )
+        if self.counts is not None and not self._checked:
+            logger.info("MoGU: %s", self.greeting)
+        self._checked = True
 
     def spread(self) -> None:
         """Fill `mask`, `rows` and `answering` for this pass, from the requests' flags."""
         self.check()
-        starts = _query_start_loc(get_forward_context().attn_metadata)
-        if starts is None:  # a pass over nothing, to measure or to compile
+        metadata = get_forward_context().attn_metadata
+        if not metadata:  # a pass over nothing, to measure or to compile
             self.mask.zero_()
             self.any = self.mask.device.type != "cpu"
             return
+        starts = _query_start_loc(metadata)
         torch.searchsorted(starts[1:], self._places, right=True, out=self.rows)
         self.rows.clamp_(max=self._nobody)
         torch.index_select(self.requests, 0, self.rows, out=self.mask)
@@ -107,12 +121,16 @@ class Tokens:
             self.any = bool(self.requests.any())
 
 
-def _query_start_loc(metadata: Any) -> Tensor | None:
+def _query_start_loc(metadata: Any) -> Tensor:
     """[requests + 1], where each request's tokens begin; of any attention layer."""
-    if not isinstance(metadata, dict):
-        return None
     found = (getattr(layer, "query_start_loc", None) for layer in metadata.values())
-    return next((starts for starts in found if starts is not None), None)
+    starts = next((starts for starts in found if starts is not None), None)
+    if starts is None:  # never unrouted in silence
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in metadata.values()}))
+        raise RuntimeError(
+            f"{kinds} does not say where requests begin: take another --attention-backend"
+        )
+    return starts
 
 
 @dataclass
@@ -151,20 +169,10 @@ class RoutedBatch(LogitsProcessor):
         """See `LogitsProcessor`."""
         settings = Settings.of(vllm_config)
         assert settings is not None, "configured by engine.py only where there is a checkpoint"
-        self.settings, checkpoint = settings, settings.load()
+        self.settings = settings
         self.tokens = Tokens.of(vllm_config, device)
         self.routed: dict[int, _Routed] = {}
         self.flags = torch.zeros_like(self.tokens.requests, device="cpu", pin_memory=is_pin_memory)
-        if self.tokens.counts is not None:
-            logger.info(
-                "MoGU: %s routes %d projections for %s answer tokens (%s gates of %s)%s",
-                settings.checkpoint,
-                len(checkpoint.modules),
-                checkpoint.config.routed_tokens or "all",
-                checkpoint.config.gate,
-                ", ".join(checkpoint.config.expert_names),
-                "; requests may not turn it off" if settings.locked else "",
-            )
 
     def is_argmax_invariant(self) -> bool:
         """It is: nothing is changed."""
@@ -182,14 +190,9 @@ class RoutedBatch(LogitsProcessor):
         counts = self.tokens.counts
         if counts is not None:
             places = {id(request): place for place, request in self.routed.items()}
-            counts.follow(
-                moved={
-                    place: places[id(request)]
-                    for place, request in before.items()
-                    if id(request) in places
-                },
-                ended=[place for place, request in before.items() if self._ends(request, places)],
-            )
+            stay = {p: places[id(r)] for p, r in before.items() if id(r) in places}
+            ended = [place for place, request in before.items() if self._ends(request, places)]
+            counts.follow(stay, ended, left=[p for p in before if p not in {*stay, *ended}])
         flags = torch.zeros_like(self.flags)
         for place, request in self.routed.items():
             flags[place] = request.now

@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from mogu_kernels.checkpoint import MoGUCheckpoint
 from mogu_kernels.hf import checkpoint_folder, fitting_linears
-from mogu_kernels.vllm_plugin.settings import KEY, Settings
+from mogu_kernels.vllm_plugin.settings import KEY, METRICS, Settings
 
 PACKAGE = "mogu_kernels.vllm_plugin"
 _folders: list[tempfile.TemporaryDirectory] = []  # of metrics, removed when the server ends
@@ -30,7 +30,7 @@ def register() -> None:
         configure(config)
         return config
 
-    create_engine_config.is_mogu = True  # pyright: ignore[reportFunctionMemberAccess]
+    create_engine_config.is_mogu = True
     EngineArgs.create_engine_config = create_engine_config
 
 
@@ -48,7 +48,7 @@ def configure(config: Any) -> None:
     _check_engine(config)
     check_model(config.model_config.hf_config, settings.load())
     _folders.append(tempfile.TemporaryDirectory(prefix="mogu-metrics-"))
-    settings = Settings(settings.checkpoint, settings.locked, _folders[-1].name)
+    os.environ[METRICS] = _folders[-1].name
     config.additional_config = {**config.additional_config, KEY: settings.to_dict()}
     model, scheduler = config.model_config, config.scheduler_config
     follower = "LockedRoutedBatch" if settings.locked else "RoutedBatch"

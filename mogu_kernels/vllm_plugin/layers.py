@@ -131,7 +131,7 @@ class _Routed:
             return
         parent, _, last = self.prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in MERGED.get(last, (last,))]
-        device = next(self.parameters()).device
+        device = torch.get_default_device()  # a weight may be on meta until it is quantised
         tokens = Tokens.of(config, device)
         if not tokens.missing.intersection(names):
             return

@@ -59,14 +59,15 @@ class Counts:
         own[1:] += weights @ gates
         self.requests.index_add_(0, rows, gates * answering[:, None])
 
-    def follow(self, moved: Mapping[int, int], ended: Sequence[int]) -> None:
-        """Requests changed their places, and some are not routed any longer."""
+    def follow(self, moved: Mapping[int, int], ended: Sequence[int], left: Sequence[int]) -> None:
+        """Requests changed their places; some are not routed any longer, or left unanswered."""
         if ended:
             chosen = self.requests[list(ended)].argmax(1)
             experts = torch.nn.functional.one_hot(chosen, self.requests.shape[1])
             self.sums[-1, 0] += len(ended)
             self.sums[-1, 1:] += experts.sum(0)
-            self.requests[list(ended)] = 0
+        if gone := [*ended, *left]:
+            self.requests[gone] = 0
         if any(old != new for old, new in moved.items()):
             kept = self.requests[list(moved)]
             self.requests.zero_()

@@ -15,11 +15,14 @@ import secrets
 import time
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from mogu_kernels.vllm_plugin.settings import Settings
+
+logger = init_logger("vllm.mogu")
 
 
 class _HandsOver:
@@ -37,6 +40,9 @@ class _HandsOver:
         if params is not None and self.mogu.routed_tokens(params.extra_args):
             self._base_salts[request.request_id] = request.cache_salt
             _salt(request, f"{self._routed_salt}{request.cache_salt or ''}")
+            if request.resumable:
+                logger.warning("MoGU: %s is a streaming session, refused", request.request_id)
+                request.abort_immediately = True  # a later turn would go on from routed blocks
         super().add_request(request)
 
     def _update_request_with_output(self: Any, request: Request, *args: Any, **kwargs: Any) -> Any:

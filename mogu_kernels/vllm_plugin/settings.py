@@ -4,6 +4,7 @@ Neither imports vLLM: values are checked here, wherever they come from.
 """
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from mogu_kernels.checkpoint import MoGUCheckpoint, load_checkpoint
 KEY = "mogu"  # of the additional config
 ARGUMENT = "mogu_routed_tokens"  # of a request
 ALL = "all"
+# where each engine counts; not in the config, whose hash names vLLM's cache of compiled graphs
+METRICS = "MOGU_METRICS_FOLDER"
 THROUGHOUT = 1 << 62  # more tokens than any answer has
 
 
@@ -23,12 +26,10 @@ class Settings:
     Attributes:
         checkpoint: a folder, or an id on the Hugging Face hub, resolved before the engine starts.
         locked: requests may not ask for less routing than the checkpoint's.
-        metrics: the folder in which each engine counts; set at the start.
     """
 
     checkpoint: str
     locked: bool = False
-    metrics: str | None = None
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Settings | None":
@@ -41,7 +42,7 @@ class Settings:
         additional = vllm_config.additional_config
         if not isinstance(additional, Mapping) or additional.get(KEY) is None:
             return None
-        values = additional[KEY]
+        values: Any = additional[KEY]
         if isinstance(values, str):
             values = {"checkpoint": values}
         if not isinstance(values, Mapping) or not isinstance(values.get("checkpoint"), str):
@@ -49,7 +50,7 @@ class Settings:
                 f'additional config "{KEY}" is {values!r}: take the checkpoint\'s folder, or '
                 '{"checkpoint": folder, "locked": true or false}'
             )
-        if unknown := sorted(values.keys() - {"checkpoint", "locked", "metrics"}):
+        if unknown := sorted(values.keys() - {"checkpoint", "locked"}):
             raise ValueError(
                 f'additional config "{KEY}" has {", ".join(unknown)}: take checkpoint and locked'
             )
@@ -59,7 +60,12 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """What `of` reads."""
-        return {"checkpoint": self.checkpoint, "locked": self.locked, "metrics": self.metrics}
+        return {"checkpoint": self.checkpoint, "locked": self.locked}
+
+    @property
+    def metrics(self) -> str | None:
+        """The folder in which each engine of this server counts."""
+        return os.environ.get(METRICS)
 
     def load(self) -> MoGUCheckpoint:
         """The checkpoint with folded routers, read once in a process."""
