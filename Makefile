@@ -134,4 +134,4 @@ TTIR := TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 .venv-ttir/bin
 	touch $@
 
 clean:
-	rm -rf .venv .venv-3.6 .venv-ttir .setup-done out build *.egg-info
+	rm -rf .venv .venv-3.6 .venv-ttir .venv-vllm .setup-done out build *.egg-info

@@ -44,7 +44,6 @@ class Tokens:
         self, modules: Sequence[str], max_tokens: int, max_requests: int, device: torch.device
     ):
         self.missing = set(modules)
-        self._checked = False
         self.mask = torch.zeros(max_tokens, dtype=torch.bool, device=device)
         self.rows = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.answering = torch.zeros(max_tokens, dtype=torch.bool, device=device)
@@ -84,6 +83,8 @@ class Tokens:
         """A layer takes some of the checkpoint's projections. Is it the first?"""
         self.layers[name] = layer
         self.missing.difference_update(modules)
+        if not self.missing and self.counts is not None:
+            logger.info("MoGU: %s", self.greeting)
         return len(self.layers) == 1
 
     def check(self) -> None:
@@ -97,9 +98,6 @@ class Tokens:
                 f"vLLM's model has no layer for {', '.join(sorted(self.missing))} of the MoGU "
                 "checkpoint: take one that routes other projections"
             )
-        if self.counts is not None and not self._checked:
-            logger.info("MoGU: %s", self.greeting)
-        self._checked = True
 
     def spread(self) -> None:
         """Fill `mask`, `rows` and `answering` for this pass, from the requests' flags."""
