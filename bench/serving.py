@@ -74,8 +74,8 @@ def _prompt(tokenizer: Any, number: int, i: int) -> dict[str, list[int]]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256])
     options = parser.parse_args()
     lines = [
         "# A routed vLLM engine beside a base one",

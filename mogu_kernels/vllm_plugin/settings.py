@@ -25,7 +25,7 @@ class Settings:
 
     Attributes:
         checkpoint: a folder, or an id on the Hugging Face hub, resolved before the engine starts.
-        locked: requests may not ask for less routing than the checkpoint's.
+        locked: requests may ask for routing throughout, and for nothing else.
     """
 
     checkpoint: str
