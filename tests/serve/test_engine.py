@@ -164,11 +164,11 @@ def test_families(family, ranks, tmp_path, monkeypatch):
         with mk.routing(model, False):
             base = model(prompt).logits[0].log_softmax(-1)
     llm = engine(tmp_path / "model", tmp_path / "checkpoint", ranks, skip_tokenizer_init=True)
-    for kind, logits in (("throughout", wanted), ("base", base)):
-        asked = params(kind, 1)
-        asked.prompt_logprobs = 0
-        asked.detokenize = False
-        output = llm.generate({"prompt_token_ids": prompt[0].tolist()}, asked, use_tqdm=False)[0]
+    asked = [params(kind, 1) for kind in ("throughout", "base")]
+    for one in asked:
+        one.prompt_logprobs, one.detokenize = 0, False
+    both = llm.generate([{"prompt_token_ids": prompt[0].tolist()}] * 2, asked, use_tqdm=False)
+    for output, logits in zip(both, (wanted, base), strict=True):  # in one pass
         found = [next(iter(own.values())).logprob for own in output.prompt_logprobs[1:]]
         torch.testing.assert_close(
             torch.tensor(found), logits[:-1].gather(1, prompt[0, 1:, None])[:, 0], rtol=0, atol=2e-4
