@@ -135,9 +135,25 @@ def attach(
 
     Raises:
         ValueError: the checkpoint is damaged or is for another architecture, a module is missing or
-            of another shape, or the model is routed already.
+            of another shape, or the model is routed already or sharded over several ranks.
         TypeError: a module that cannot be routed.
     """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):
+            raise ValueError(
+                f"{name} is sharded over ranks: to a model that transformers' tp_plan has sharded, "
+                "mogu_kernels.parallel.attach_parallel attaches; with FSDP attach before sharding"
+            )
+    return attach_shards(model, checkpoint, trainable=trainable)
+
+
+def attach_shards(
+    model: nn.Module,
+    checkpoint: MoGUCheckpoint | str | os.PathLike,
+    *,
+    trainable: bool = False,
+) -> AttachReport:
+    """`attach`, where weights may be DTensors; what they are sharded into is up to the caller."""
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = load_checkpoint(checkpoint_folder(checkpoint))
     checkpoint.validate()

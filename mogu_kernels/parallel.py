@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 
 from mogu_kernels import ops
 from mogu_kernels.checkpoint import MoGUCheckpoint
-from mogu_kernels.hf import AttachReport, attach, detach
+from mogu_kernels.hf import AttachReport, attach_shards, detach
 from mogu_kernels.modules import MoGULinear
 
 
@@ -264,7 +264,7 @@ def attach_parallel(
         ValueError: as `attach`; or a projection is sharded in another way.
         TypeError: as `attach`.
     """
-    report = attach(model, checkpoint)
+    report = attach_shards(model, checkpoint)
     plan: Any = getattr(model, "tp_plan", None) or {}
     kinds: dict[Any, type[ParallelLinear]] = {}
     try:

@@ -314,6 +314,8 @@ def test_both_programs_of_the_page_run_on_two_ranks(ranks, tmp_path, monkeypatch
 def with_another_plan(folder) -> str:
     config = DistributedConfig(tp_plan={"model.layers.*.self_attn.o_proj": "rowwise_rep"})
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    with pytest.raises(ValueError, match=r"is sharded over ranks: .*attach_parallel"):
+        mk.attach(model, tiny.checkpoint(biased_llama()))
     with pytest.raises(ValueError, match="is sharded as 'rowwise_rep'") as error:
         attach_parallel(model, tiny.checkpoint(biased_llama()))
     assert not any(isinstance(module, mk.MoGULinear) for module in model.modules())

@@ -16,6 +16,7 @@ from vllm import LLM, SamplingParams
 
 from tests.serve.conftest import CHECKPOINT, KINDS, TOKENS
 from tests.serve.padded import save_padded
+from tests.serve.quantised import quantise_, save_quantised
 
 
 def engine(model, checkpoint=CHECKPOINT, ranks=1, **options) -> LLM:
@@ -158,22 +159,59 @@ def test_families(family, ranks, tmp_path, monkeypatch):
     checkpoint = seeded_checkpoint(model, targets, strength=0.3)
     mk.save_checkpoint(checkpoint, tmp_path / "checkpoint")
     mk.attach(model, tmp_path / "checkpoint")
-    prompt = torch.randint(3, 512, (1, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        wanted = model(prompt).logits[0].log_softmax(-1)
-        with mk.routing(model, False):
-            base = model(prompt).logits[0].log_softmax(-1)
+    wanted = expected(model)
     llm = engine(tmp_path / "model", tmp_path / "checkpoint", ranks, skip_tokenizer_init=True)
+    torch.testing.assert_close(found(llm), wanted, rtol=0, atol=2e-4)
+    assert (wanted[0] - wanted[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), [("W8A8", "float32"), ("W4A16", "bfloat16")])
+def test_quantised_bases(scheme, dtype, tmp_path):
+    """8-bit weights and inputs, 4-bit weights: what vLLM unpacks or multiplies is its affair.
+
+    The reference rounds in the same places, though not to the same bits: its error is that of the
+    base alone, far below what routing changes.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", **SMALL | {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.06}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    mk.save_checkpoint(seeded_checkpoint(model, EVERY, strength=0.3), tmp_path / "checkpoint")
+    quantise_(model, scheme)
+    mk.attach(model, tmp_path / "checkpoint")
+    wanted = expected(model)
+    save_quantised(mk.detach(model), tmp_path / "model")
+    llm = engine(tmp_path / "model", tmp_path / "checkpoint", dtype=dtype, skip_tokenizer_init=True)
+    routed, base = (found(llm) - wanted).abs().mean(1)
+    assert base < 0.04
+    assert routed < 0.04
+    assert (wanted[0] - wanted[1]).abs().mean() > 0.8
+
+
+PROMPT = torch.randint(3, 512, (1, 40), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def expected(model) -> torch.Tensor:
+    """Log-probabilities [2, 39] of the prompt's tokens, routed throughout and not at all."""
+    both = []
+    for routed in (True, False):
+        with mk.routing(model, routed):
+            logits = model(PROMPT).logits[0, :-1].float().log_softmax(-1)
+        both.append(logits.gather(1, PROMPT[0, 1:, None])[:, 0])
+    return torch.stack(both)
+
+
+def found(llm: LLM) -> torch.Tensor:
+    """The same of an engine, in one pass."""
     asked = [params(kind, 1) for kind in ("throughout", "base")]
     for one in asked:
         one.prompt_logprobs, one.detokenize = 0, False
-    both = llm.generate([{"prompt_token_ids": prompt[0].tolist()}] * 2, asked, use_tqdm=False)
-    for output, logits in zip(both, (wanted, base), strict=True):  # in one pass
-        found = [next(iter(own.values())).logprob for own in output.prompt_logprobs[1:]]
-        torch.testing.assert_close(
-            torch.tensor(found), logits[:-1].gather(1, prompt[0, 1:, None])[:, 0], rtol=0, atol=2e-4
-        )
-    assert (wanted - base).abs().max() > 0.1
+    outputs = llm.generate([{"prompt_token_ids": PROMPT[0].tolist()}] * 2, asked, use_tqdm=False)
+    return torch.tensor(
+        [[next(iter(own.values())).logprob for own in o.prompt_logprobs[1:]] for o in outputs]
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(model_folder, tmp_path):
