@@ -1,14 +1,18 @@
 """Throughput and memory of a vLLM engine with MoGU beside one without: `make bench-serving`.
 
 Both engines live at once, each in a process of its own, and answer the same 32 requests in turns
-(A B A B), so that a busy machine slows both. Prompts differ from round to round: the prefix cache
-helps a request to find what its own round has left, as in service, and no more.
+(base, routed as published, routed throughout), so that a busy machine slows all. As published, the
+base reads prompt and routed tokens once more; how much of that the prefix cache saves is up to what
+prompts share, so there are two kinds. Questions differ from round to round.
 """
 
 import argparse
+import ctypes
+import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -24,12 +28,28 @@ from demo.smollm2 import NAME, ensure_smollm2
 RESULTS = Path("bench/results/serving.md")
 CHECKPOINT = Path("demo/checkpoint")
 REQUESTS = 32
+# the model's own, shorter than a block of the cache, and one as services have it
+SYSTEMS = {
+    22: None,
+    100: "You are the assistant of a school library. You answer questions of pupils between six "
+    "and eighteen years of age. Choose words that a pupil of the age in question understands. Give "
+    "facts that can be found in an encyclopaedia, one sentence each, and number them. If a "
+    "question is about something that you do not know, say so and name a shelf of the library "
+    "where the answer may be found. Do not ask questions back, and do not repeat the question.",
+}
+BLOCK = 32  # tokens; vLLM's default is 16 on GPUs, and 128 on CPUs
 TOPICS = ("bread", "rivers", "chess", "clouds", "bees", "glass", "maps", "violins")
 ENGINES = {"base": {}, "routed": {"mogu": str(CHECKPOINT)}}
+# what is timed: (engine, what its requests say)
+MODES: dict[str, tuple[str, dict[str, str] | None]] = {
+    "base": ("base", None),
+    "published": ("routed", None),
+    "throughout": ("routed", {"mogu_routed_tokens": "all"}),
+}
 
 
-def engine(link: Any, additional: dict[str, str], tokens: int) -> None:
-    """Answer rounds until None comes: send (seconds, resident bytes) back."""
+def engine(link: Any, additional: dict[str, str], system: str | None, tokens: int) -> None:
+    """Answer (round, extra arguments) until None comes: send (seconds, resident bytes) back."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -45,28 +65,31 @@ def engine(link: Any, additional: dict[str, str], tokens: int) -> None:
         folder,
         dtype="float32",
         enforce_eager=True,
+        block_size=BLOCK,
         max_model_len=1024,
         max_num_seqs=REQUESTS,
         distributed_executor_backend="uni",
         additional_config=additional,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     link.send("ready")
-    while (number := link.recv()) is not None:
-        prompts = [_prompt(tokenizer, number, i) for i in range(REQUESTS)]
+    while (asked := link.recv()) is not None:
+        number, extra = asked
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
+        prompts = [_prompt(tokenizer, system, number, i) for i in range(REQUESTS)]
         begin = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - begin
+        ctypes.CDLL(None).malloc_trim(0)  # what is free is not the engine's
         link.send((seconds, psutil.Process().memory_full_info().uss))
 
 
-def _prompt(tokenizer: Any, number: int, i: int) -> dict[str, list[int]]:
-    question = (
-        f"Write {number + 2} facts about {TOPICS[i % len(TOPICS)]} for pupils of age {i + 6}."
-    )
+def _prompt(tokenizer: Any, system: str | None, number: int, i: int) -> dict[str, list[int]]:
+    topic = TOPICS[i % len(TOPICS)]
+    question = f"For pupils of age {i + 6}: write {number + 2} facts about {topic}."
+    said = [{"role": "system", "content": system}] if system else []
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        [*said, {"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
     return {"prompt_token_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
@@ -80,49 +103,59 @@ def main() -> None:
     lines = [
         "# A routed vLLM engine beside a base one",
         "",
-        f"{NAME}, fp32, {REQUESTS} concurrent requests, prompts of about 45 tokens; checkpoint "
-        f"`{CHECKPOINT}`, its first five answer tokens routed. Medians and quartiles of "
-        f"{options.rounds} interleaved rounds. Written by `make bench-serving`.",
+        f"{NAME}, fp32, {REQUESTS} concurrent requests, questions of about 22 tokens behind a "
+        f"system prompt; prefix caching in blocks of {BLOCK} tokens. Routed by `{CHECKPOINT}`: as "
+        "published (five answer tokens, then the base reads the prompt itself) and throughout. "
+        f"Medians and quartiles of {options.rounds} interleaved rounds. Written by "
+        "`make bench-serving`.",
         "",
-        "| answer tokens | throughput, routed / base | memory, routed / base |",
-        "|--:|--:|--:|",
+        "| tokens: system prompt | answer | throughput / base's: published | throughout "
+        "| memory, routed / base |",
+        "|--:|--:|--:|--:|--:|",
     ]
-    for tokens in options.tokens:
-        seconds, memory = measure(tokens, options.rounds)
-        speed = spread([a / b for a, b in zip(seconds["base"], seconds["routed"], strict=True)])
-        lines.append(
-            f"| {tokens} | {speed.median:.3f} ({speed.low:.3f} to {speed.high:.3f}) "
-            f"| {memory['routed'] / memory['base']:.3f} |"
-        )
+    for system, tokens in itertools.product(SYSTEMS, options.tokens):
+        seconds, memory = measure(system, tokens, options.rounds)
+        cells = [str(system), str(tokens)]
+        for name in ("published", "throughout"):
+            ratios = [a / b for a, b in zip(seconds["base"], seconds[name], strict=True)]
+            speed = spread(ratios)
+            cells.append(f"{speed.median:.3f} ({speed.low:.3f} to {speed.high:.3f})")
+        cells.append(f"{memory['routed'] / memory['base']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "```json", json.dumps(machine.describe(), indent=1), "```", ""]
     page = "\n".join(lines)
     RESULTS.write_text(page)
     Console().print(page, markup=False)
 
 
-def measure(tokens: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each round and resident bytes after the last, by engine."""
+def measure(
+    system: int, tokens: int, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each round by mode, and median of the resident bytes after a round by engine."""
     context = multiprocessing.get_context("spawn")
     links, processes = {}, []
     for name, additional in ENGINES.items():
         links[name], theirs = context.Pipe()
-        processes.append(context.Process(target=engine, args=(theirs, additional, tokens)))
+        processes.append(
+            context.Process(target=engine, args=(theirs, additional, SYSTEMS[system], tokens))
+        )
         processes[-1].start()
         theirs.close()
     for name in tqdm(links, "engines start", leave=False):
         links[name].recv()
-    seconds: dict[str, list[float]] = {name: [] for name in links}
-    memory: dict[str, float] = {}
-    for number in tqdm(range(rounds + 1), f"{tokens} tokens", leave=False):
-        for name, link in links.items():
-            link.send(number)
-            taken, memory[name] = link.recv()
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    memory: dict[str, list[float]] = {name: [] for name in ENGINES}
+    for number in tqdm(range(rounds + 1), f"{system} + {tokens} tokens", leave=False):
+        for mode, (name, extra) in MODES.items():
+            links[name].send((number, extra))
+            taken, resident = links[name].recv()
             if number:  # the first round warms up
-                seconds[name].append(taken)
+                seconds[mode].append(taken)
+                memory[name].append(resident)
     for link, process in zip(links.values(), processes, strict=True):
         link.send(None)
         process.join()
-    return seconds, memory
+    return seconds, {name: statistics.median(own) for name, own in memory.items()}
 
 
 if __name__ == "__main__":

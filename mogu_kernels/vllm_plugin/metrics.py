@@ -7,7 +7,7 @@ server reads it whenever it is asked for metrics.
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +62,25 @@ class Counts:
     def follow(self, moved: Mapping[int, int], ended: Sequence[int], left: Sequence[int]) -> None:
         """Requests changed their places; some are not routed any longer, or left unanswered."""
         if ended:
-            chosen = self.requests[list(ended)].argmax(1)
+            chosen = self.requests[self._index(ended)].argmax(1)
             experts = torch.nn.functional.one_hot(chosen, self.requests.shape[1])
             self.sums[-1, 0] += len(ended)
             self.sums[-1, 1:] += experts.sum(0)
         if gone := [*ended, *left]:
-            self.requests[gone] = 0
+            self.requests.index_fill_(0, self._index(gone), 0)
         if any(old != new for old, new in moved.items()):
-            kept = self.requests[list(moved)]
+            kept = self.requests[self._index(moved)]
             self.requests.zero_()
-            self.requests[list(moved.values())] = kept
+            self.requests.index_copy_(0, self._index(moved.values()), kept)
         if self._copy is not None and time.monotonic() - self._copied > SECONDS:
             self._file.copy_(self._copy)  # what was asked for a second ago has arrived by now
             self._copy.copy_(self.sums, non_blocking=True)
             self._copied = time.monotonic()
+
+    def _index(self, places: Iterable[int]) -> Tensor:
+        """Places in the batch, on the device without waiting for it."""
+        pinned = torch.tensor(list(places), pin_memory=self._copy is not None)
+        return pinned.to(self.requests.device, non_blocking=True)
 
 
 def path_of(settings: Settings, vllm_config: Any) -> Path:
