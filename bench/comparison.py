@@ -5,8 +5,10 @@
 `DIR/seed-S/` holds what training with seed S left: mogu, mogu_v2 (checkpoints), glad, unwill, sft,
 led (PEFT LoRA folders) and dro (PEFT prompt tuning). All of them were trained on
 the standard split, on whose held-out part everything is measured. What needs no training is
-measured once. Each finished system is kept in `DIR/evaluated/`, so that a run which was stopped
-goes on. Written to `bench/results/comparison.{md,json}` and `bench/results/comparison/`.
+measured once. Written to `bench/results/comparison.{md,json}` and `bench/results/comparison/`.
+There, in `evaluated/`, is each finished system, so that a run which was stopped goes on, on another
+machine as well: an artefact that is gone is not trained and measured again while prompts, data,
+recipes and code are the same.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from mogu_kernels import evaluation
 from mogu_kernels.evaluation import evaluate, figures, load_system, markdown, sets
 
 RESULTS = Path("bench/results")
+RECIPES = Path("recipes")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -66,6 +69,7 @@ SYSTEMS = {
 
 def compare(
     artefacts: Path,
+    evaluated: Path,
     seeds: list[int],
     load: Callable[[], tuple[Any, Any]],
     settings: Mapping[str, Any],
@@ -76,16 +80,18 @@ def compare(
 
     Args:
         artefacts: the folder with one of each seed.
+        evaluated: the folder of finished systems.
         seeds: of training.
         load: a fresh (model, tokenizer); every system gets its own.
-        settings: keywords of `evaluate`, and anything else a result depends on under "about".
+        settings: keywords of `evaluate`, and anything else a result depends on: under "about" any,
+            under "training" those with an artefact.
         names: of `SYSTEMS`.
         **data: `sets` and `prefixes` of `evaluate`.
 
     Returns:
         (results by system, one a seed; "SYSTEM, seed S" for what has no artefact).
     """
-    options = {key: value for key, value in settings.items() if key != "about"}
+    options = {key: value for key, value in settings.items() if key not in ("about", "training")}
     results: dict[str, list[dict[str, Any]]] = {}
     missing = []
     runs = [(name, seed) for name in names for seed in (seeds if SYSTEMS[name].artefact else [0])]
@@ -94,17 +100,18 @@ def compare(
         bar.set_description(f"{name}, seed {seed}")
         _, artefact, defence = SYSTEMS[name]
         folder = artefacts / f"seed-{seed}" / artefact if artefact else None
-        if folder is not None and not folder.is_dir():
+        # the prompts that sets.py gives are hashed themselves
+        code = digest(Path(evaluation.__file__).parent, "*.py", but="sets.py")
+        known = {**settings, "code": code}
+        if folder is None:
+            del known["training"]
+        elif folder.is_dir():
+            known["artefact"] = digest(folder)
+        cache = evaluated / f"{name}-{seed}.json"
+        result = _cached(cache, known)
+        if result is None and folder is not None and not folder.is_dir():
             missing.append(f"{SYSTEMS[name].label}, seed {seed}")
             continue
-        known = {
-            **settings,
-            "artefact": digest(folder) if folder else None,
-            # the prompts that sets.py gives are hashed themselves
-            "code": digest(Path(evaluation.__file__).parent, "*.py", but="sets.py"),
-        }
-        cache = artefacts / "evaluated" / f"{name}-{seed}.json"
-        result = _cached(cache, known)
         if result is None:
             system = load_system(*load(), folder, defence)
             result = evaluate(system, **data, **options, seed=seed)
@@ -131,11 +138,12 @@ def write(path: Path, values: Any) -> None:
 
 
 def _cached(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """An earlier result, if it was measured in the same way."""
+    """An earlier result, if all of `settings` was as it is now."""
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    return found["result"] if found["settings"] == json.loads(json.dumps(settings)) else None
+    known = json.loads(json.dumps(settings))
+    return found["result"] if found["settings"].items() >= known.items() else None
 
 
 def _without_prompts(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -192,9 +200,14 @@ def main() -> None:
             "test": _test_hashes(split.sha256),
             "prefixes": prefixes,
         },
+        "training": {
+            "recipes": digest(RECIPES, "smollm2*.yaml"),
+            "examples": {part: split.sha256[part] for part in ("train", "validation")},
+        },
     }
     results, missing = compare(
         asked.artefacts,
+        asked.out / "comparison" / "evaluated",
         asked.seeds,
         lambda: load_smollm2(DTYPES[asked.dtype]),
         settings,

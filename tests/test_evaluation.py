@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import peft
@@ -630,9 +631,10 @@ def compared(tmp_path, monkeypatch):
         evaluated_before = len(evaluated)
         results, missing = comparison.compare(
             tmp_path,
+            tmp_path / "evaluated",
             [0, 1],
             lambda: (None, None),
-            {"limit": 1, "about": {}} | settings,
+            {"limit": 1, "about": {}, "training": "recipe"} | settings,
             ["base", "glad", "unwill", "mogu", "rose"],
             stop_after=evaluated_before + stop_after,
         )
@@ -658,7 +660,21 @@ def test_what_was_measured_otherwise_is_measured_anew(compared):
     run()
     (folder / "seed-1" / "mogu" / "weights").write_text("another")
     assert run()[2] == [("seed-1", "mogu")]
+    assert len(run(training="another recipe")[2]) == 4
     assert len(run(limit=2)[2]) == 6
+
+
+def test_what_was_measured_stays_when_its_artefact_is_deleted(compared):
+    run, folder = compared
+    run()
+    shutil.rmtree(folder / "seed-1" / "mogu")
+    results, missing, evaluated = run()
+    assert len(results["mogu"]) == 2
+    assert "MoGU, seed 1" not in missing
+    assert not evaluated
+    results, missing, _ = run(training="another recipe")
+    assert len(results["mogu"]) == 1
+    assert "MoGU, seed 1" in missing
 
 
 def test_the_page_tells_what_is_missing_and_leaves_single_prompts_out():
