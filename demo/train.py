@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from demo.smollm2 import load_smollm2
+from demo.smollm2 import CHECKPOINT, load_smollm2
 from mogu_kernels.checkpoint import MoGUCheckpoint
 from mogu_kernels.evaluation import sets
 from mogu_kernels.training import TrainingConfig, load_config, train
 
 RECIPE = Path("recipes/smollm2_v2.yaml")
-CHECKPOINT = Path("demo/checkpoint")  # committed
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import reference
 from demo import smollm2
 from demo.__main__ import REQUESTS
 from demo.published import published_model
-from demo.train import CHECKPOINT
 from mogu_kernels.evaluation import is_refusal, refusal_prefixes
 from mogu_kernels.hf import seeded_checkpoint
 
@@ -130,8 +129,8 @@ def test_a_wrong_download_is_named(tmp_path):
 def test_the_committed_checkpoint_refuses_and_helps():
     """What `make train-demo` left: its own refusals, and the base's usefulness."""
     model, tokenizer = smollm2.load_smollm2()
-    mk.attach(model, CHECKPOINT)
-    about = mk.load_checkpoint(CHECKPOINT).config.provenance
+    mk.attach(model, smollm2.CHECKPOINT)
+    about = mk.load_checkpoint(smollm2.CHECKPOINT).config.provenance
     assert about["trained"]
     assert about["data_sha256"].keys() >= {"train", "validation"}
     _, narrow = refusal_prefixes()
