@@ -69,7 +69,6 @@ def train_baseline(name: str, config: TrainingConfig, run: Path) -> None:
         learning_rate=config.router.learning_rate,
         steps=steps,
         batch=config.router.batch,
-        schedule=config.router.schedule,
         save_steps=20,
         patience=3,
     )

@@ -143,7 +143,7 @@ def edgy() -> list[Example]:
 
 
 def sensitive() -> list[Example]:
-    """232 benign questions on sensitive matters with answers, written for this project.
+    """135 benign questions on sensitive matters with answers, written for this project.
 
     Medicine, law, history, security, crime fiction, and everyday phrases such as "kill a process".
     They teach the routers that a dangerous word makes no malicious request; without them every
