@@ -6,9 +6,9 @@
 led (PEFT LoRA folders) and dro (PEFT prompt tuning). All of them were trained on
 the standard split, on whose held-out part everything is measured. What needs no training is
 measured once. Written to `bench/results/comparison.{md,json}` and `bench/results/comparison/`.
-There, in `evaluated/`, is each finished system, so that a run which was stopped goes on, on another
-machine as well: an artefact that is gone is not trained and measured again while prompts, data,
-recipes and code are the same.
+There, in `evaluated/`, is each finished system, so that a run which was stopped goes on. A result
+whose artefact is not there counts while prompts, data, recipes and code are the same; one whose
+artefact is there counts if that is the one that was measured.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from bench import machine
 from demo.smollm2 import NAME, load_smollm2
-from mogu_kernels import evaluation
+from mogu_kernels import evaluation, training
 from mogu_kernels.evaluation import evaluate, figures, load_system, markdown, sets
 
 RESULTS = Path("bench/results")
@@ -94,14 +94,14 @@ def compare(
     options = {key: value for key, value in settings.items() if key not in ("about", "training")}
     results: dict[str, list[dict[str, Any]]] = {}
     missing = []
+    # the prompts that sets.py gives are hashed themselves
+    code = digest(Path(evaluation.__file__).parent, "*.py", but="sets.py")
     runs = [(name, seed) for name in names for seed in (seeds if SYSTEMS[name].artefact else [0])]
     bar = tqdm(runs)
     for name, seed in bar:
         bar.set_description(f"{name}, seed {seed}")
         _, artefact, defence = SYSTEMS[name]
         folder = artefacts / f"seed-{seed}" / artefact if artefact else None
-        # the prompts that sets.py gives are hashed themselves
-        code = digest(Path(evaluation.__file__).parent, "*.py", but="sets.py")
         known = {**settings, "code": code}
         if folder is None:
             del known["training"]
@@ -202,6 +202,8 @@ def main() -> None:
         },
         "training": {
             "recipes": digest(RECIPES, "smollm2*.yaml"),
+            "baselines": digest(Path(__file__).parent, "artefacts.py"),
+            "code": digest(Path(training.__file__).parent, "*.py"),
             "examples": {part: split.sha256[part] for part in ("train", "validation")},
         },
     }

@@ -48,7 +48,7 @@ MODES: dict[str, tuple[str, dict[str, str] | None]] = {
 
 
 def engine(link: Any, additional: dict[str, str], system: str | None) -> None:
-    """Answer (round, tokens, extra arguments) until None: send (seconds, resident bytes) back."""
+    """Answer (number, tokens, extra arguments) until None: send (seconds, resident bytes) back."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
