@@ -1,25 +1,33 @@
 """What the comparison needs trained, for each seed: `python -m bench.artefacts --seeds 0 1 2`.
 
 `DIR/seed-S/` gets mogu and mogu_v2 (checkpoints), glad, unwill, sft, led (PEFT LoRA folders) and
-dro (PEFT prompt tuning), all trained on the standard split. A baseline may read as many tokens as
-MoGU does in all its stages; it ends earlier if its validation loss has not fallen for 60 steps.
-Every method keeps the state that was best on the same validation prompts.
+dro (PEFT prompt tuning), all trained on the standard split; beside each lies in NAME.json what it
+depends on. A baseline has about the processor time of MoGU in all its stages; it ends earlier if
+its validation loss has not fallen for 60 steps. Every method keeps the state that was best on the
+same validation prompts.
 """
 
 import argparse
 import dataclasses
+import functools
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from demo.smollm2 import load_smollm2
 from demo.train import RECIPE, train_on_split
+from mogu_kernels import training
 from mogu_kernels.evaluation import sets
 from mogu_kernels.training import StageConfig, TrainingConfig, baselines, load_config
 from mogu_kernels.training.items import Encoder, couples, pairs
 from mogu_kernels.training.run import same_run
 
 NAMES = ["mogu", "mogu_v2", "sft", "led", "dro"]
+ATTACKS_ONLY = ("glad", "unwill", "led")  # are trained on malicious prompts
 RECIPE_V1 = RECIPE.with_name("smollm2.yaml")
 
 
@@ -37,7 +45,7 @@ def main() -> None:
 
 def produce(name: str, folder: Path, seed: int) -> None:
     """One artefact, or with `mogu` three."""
-    if (folder / name).is_dir():
+    if is_current(folder / name, depends_on(name)):
         return
     run = folder / "runs" / name
     if name in ("mogu", "mogu_v2"):
@@ -84,13 +92,62 @@ def train_baseline(name: str, config: TrainingConfig, run: Path) -> None:
     trainers[name]()
 
 
+@functools.cache
+def depends_on(name: str) -> dict[str, str]:
+    """Hashes of all that an artefact depends on but its seed: recipe, examples, code."""
+    split = sets.split()
+    examples = [
+        [example.instruction, example.response, example.malicious]
+        for example in (*split.train, *split.validation)
+        if example.malicious or name not in ATTACKS_ONLY
+    ]
+    return {
+        "recipe": digest(RECIPE.parent, (RECIPE if name == "mogu_v2" else RECIPE_V1).name),
+        "examples": hashlib.sha256(json.dumps(examples).encode()).hexdigest(),
+        "code": digest(Path(training.__file__).parent, "*.py"),
+        "baselines": digest(Path(__file__).parent, Path(__file__).name),
+    }
+
+
+def is_current(artefact: Path, now: Mapping[str, str]) -> bool:
+    """Whether it is there.
+
+    Raises:
+        ValueError: it is, but what it depends on was not as it is `now`.
+    """
+    if not artefact.is_dir():
+        return False
+    note = artefact.with_suffix(".json")
+    noted = json.loads(note.read_text()) if note.is_file() else {}
+    if changed := [key for key in now if noted.get(key) != now[key]]:
+        raise ValueError(f"{artefact} was trained with another {', '.join(changed)}: delete it")
+    return True
+
+
+def digest(folder: Path, pattern: str = "*", *, but: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a folder's files, names and bytes, but for some names."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob(pattern) if p.is_file() and p.name not in but):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def write(path: Path, values: Any) -> None:
+    """JSON, all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    half.write_text(json.dumps(values, indent=1) + "\n")
+    half.replace(path)
+
+
 def _keep(source: Path, target: Path) -> None:
-    """Copy a finished folder; it appears as a whole."""
-    if target.is_dir():
-        return
+    """Copy a finished folder, with what it depends on; it appears as a whole."""
     half = target.with_name(f".{target.name}")
-    shutil.rmtree(half, ignore_errors=True)
+    for old in (half, target):
+        shutil.rmtree(old, ignore_errors=True)
     shutil.copytree(source, half)
+    write(target.with_suffix(".json"), depends_on(target.name))
     half.rename(target)
 
 

@@ -7,14 +7,12 @@ led (PEFT LoRA folders) and dro (PEFT prompt tuning). All of them were trained o
 the standard split, on whose held-out part everything is measured. What needs no training is
 measured once. Written to `bench/results/comparison.{md,json}` and `bench/results/comparison/`.
 There, in `evaluated/`, is each finished system, so that a run which was stopped goes on. A result
-whose artefact is not there counts while prompts, data, recipes and code are the same; one whose
-artefact is there counts if that is the one that was measured.
+counts while prompts and code are the same, and the artefact has the bytes that were measured; where
+that is not there, what it was made of must be the same (`bench.artefacts`).
 """
 
 import argparse
-import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,12 +23,12 @@ from rich.console import Console
 from tqdm import tqdm
 
 from bench import machine
+from bench.artefacts import depends_on, digest, is_current, write
 from demo.smollm2 import NAME, load_smollm2
-from mogu_kernels import evaluation, training
+from mogu_kernels import evaluation
 from mogu_kernels.evaluation import evaluate, figures, load_system, markdown, sets
 
 RESULTS = Path("bench/results")
-RECIPES = Path("recipes")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -74,6 +72,7 @@ def compare(
     load: Callable[[], tuple[Any, Any]],
     settings: Mapping[str, Any],
     names: list[str],
+    trained: Callable[[str], Any] = depends_on,
     **data: Any,
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """Evaluate every system that is there, or take it from an earlier run.
@@ -83,58 +82,44 @@ def compare(
         evaluated: the folder of finished systems.
         seeds: of training.
         load: a fresh (model, tokenizer); every system gets its own.
-        settings: keywords of `evaluate`, and anything else a result depends on: under "about" any,
-            under "training" those with an artefact.
+        settings: keywords of `evaluate`, and under "about" anything else a result depends on.
         names: of `SYSTEMS`.
+        trained: what an artefact depends on, by its name.
         **data: `sets` and `prefixes` of `evaluate`.
 
     Returns:
         (results by system, one a seed; "SYSTEM, seed S" for what has no artefact).
+
+    Raises:
+        ValueError: what an artefact depends on has changed since.
     """
-    options = {key: value for key, value in settings.items() if key not in ("about", "training")}
+    options = {key: value for key, value in settings.items() if key != "about"}
     results: dict[str, list[dict[str, Any]]] = {}
     missing = []
-    # the prompts that sets.py gives are hashed themselves
-    code = digest(Path(evaluation.__file__).parent, "*.py", but="sets.py")
+    # the prompts that sets.py gives are hashed themselves; report.py comes after the measurement
+    code = digest(Path(evaluation.__file__).parent, "*.py", but=("sets.py", "report.py"))
     runs = [(name, seed) for name in names for seed in (seeds if SYSTEMS[name].artefact else [0])]
     bar = tqdm(runs)
     for name, seed in bar:
         bar.set_description(f"{name}, seed {seed}")
         _, artefact, defence = SYSTEMS[name]
         folder = artefacts / f"seed-{seed}" / artefact if artefact else None
-        known = {**settings, "code": code}
-        if folder is None:
-            del known["training"]
-        elif folder.is_dir():
-            known["artefact"] = digest(folder)
+        training = {"training": trained(artefact)} if artefact else {}
+        there = folder is not None and is_current(folder, training["training"])
+        measured = {"artefact": digest(folder)} if folder and there else training
+        known = {**settings, "code": code, **measured}
         cache = evaluated / f"{name}-{seed}.json"
-        result = _cached(cache, known)
-        if result is None and folder is not None and not folder.is_dir():
+        result = kept = _cached(cache, known)
+        if kept is None and folder is not None and not there:
             missing.append(f"{SYSTEMS[name].label}, seed {seed}")
             continue
-        if result is None:
+        if kept is None:
             system = load_system(*load(), folder, defence)
             result = evaluate(system, **data, **options, seed=seed)
-            write(cache, {"settings": known, "result": result})
+        if kept is None or there:  # the same bytes may have been made of something else
+            write(cache, {"settings": known | training, "result": result})
         results.setdefault(name, []).append(result)
     return results, missing
-
-
-def digest(folder: Path, pattern: str = "*", *, but: str = "") -> str:
-    """SHA-256 of a folder's files, names and bytes, but for one name."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob(pattern) if p.is_file() and p.name != but):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def write(path: Path, values: Any) -> None:
-    """JSON, all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(json.dumps(values, indent=1) + "\n")
-    half.replace(path)
 
 
 def _cached(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -200,12 +185,6 @@ def main() -> None:
             "test": _test_hashes(split.sha256),
             "prefixes": prefixes,
         },
-        "training": {
-            "recipes": digest(RECIPES, "smollm2*.yaml"),
-            "baselines": digest(Path(__file__).parent, "artefacts.py"),
-            "code": digest(Path(training.__file__).parent, "*.py"),
-            "examples": {part: split.sha256[part] for part in ("train", "validation")},
-        },
     }
     results, missing = compare(
         asked.artefacts,
@@ -219,7 +198,11 @@ def main() -> None:
     )
     labels = {name: own.label for name, own in SYSTEMS.items()}
     page = _page(markdown(results, labels), settings, asked.seeds, missing)
-    write(asked.out / "comparison.json", {**settings, "systems": _without_prompts(results)})
+    training = {own.artefact: depends_on(own.artefact) for own in SYSTEMS.values() if own.artefact}
+    write(
+        asked.out / "comparison.json",
+        {**settings, "training": training, "systems": _without_prompts(results)},
+    )
     (asked.out / "comparison.md").write_text(page)
     figures(results, asked.out / "comparison", labels)
     Console().print(page, markup=False)

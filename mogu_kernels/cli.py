@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import mogu_kernels as mk
 from mogu_kernels import doctor, inspection, plots
 from mogu_kernels.hf import load_pretrained
-from mogu_kernels.packages import sha256_of
+from mogu_kernels.packages import PackageError, sha256_of
 from mogu_kernels.router import split_gate_weight
 
 try:
@@ -32,6 +32,7 @@ except ImportError as error:
     sys.exit(f"mogu: {error.name} is missing: pip install 'mogu_kernels[cli]'")
 
 ROOT = Path(__file__).parent.parent
+EXTRAS = {"transformers": "hf", "peft": "train", "accelerate": "train", "yaml": "train"}
 COLD_BYTES = 160e6  # of weights in one timed pass, more than a last cache holds
 BENCH_RANK, BENCH_EXPERTS = 8, 2
 
@@ -72,10 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         typer.main.get_command(app).main(args=arguments, prog_name="mogu")
     except ModuleNotFoundError as error:
-        if error.name != "transformers":
+        if error.name not in EXTRAS:
             raise
-        sys.exit("mogu: transformers is missing: pip install 'mogu_kernels[hf]'")
-    except (ValueError, TypeError, OSError, ImportError) as error:
+        extra = EXTRAS[error.name]
+        sys.exit(f"mogu: {error.name} is missing: pip install 'mogu_kernels[{extra}]'")
+    except (ValueError, TypeError, OSError, ImportError, PackageError) as error:
         sys.exit(f"mogu: {' '.join(str(error).split())}")
 
 
@@ -163,10 +165,22 @@ def measure(
     ] = None,
     defence: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A decode-time defence; an unknown name lists them."),
+        typer.Option(
+            metavar="NAME",
+            help="self_reminder, in_context, retokenization, input_detection, self_examination, "
+            "rose; safe_decoding with a PEFT folder.",
+        ),
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A prompt set; repeatable; all if none")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="harmbench, strongreject, jailbreaks, alpaca, edgy; repeatable; all if none.",
+        ),
+    ] = None,
+    template: Annotated[
+        Literal["chat", "llama2"] | None,
+        typer.Option(help="Of the prompts; that of the checkpoint's training, else chat."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Prompts of each set, at most.")] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 32,
@@ -185,10 +199,16 @@ def measure(
 
     if seed is not None and not sample:
         raise ValueError(f"seed={seed}, but greedy decoding draws nothing: add --sample")
+    if defence not in (None, *evaluation.DEFENCES):
+        raise ValueError(f"defence={defence!r}: take one of {', '.join(evaluation.DEFENCES)}")
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is no folder: take a MoGU checkpoint or a PEFT folder")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     test = evaluation.split().test
     if unknown := set(sets or ()) - set(test):
         raise ValueError(f"no set is named {sorted(unknown)[0]!r}: take any of {', '.join(test)}")
-    system = evaluation.load_system(*load_pretrained(model), checkpoint, defence)
+    system = evaluation.load_system(*load_pretrained(model), checkpoint, defence, template)
     found = evaluation.evaluate(
         system,
         {name: test[name] for name in sets or test},
@@ -199,7 +219,6 @@ def measure(
         seed=seed or 0,
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "eval.json").write_text(json.dumps(found, indent=2) + "\n")
         if "gates" in found:
             evaluation.draw_gates([found], path=out / "gates.png")
@@ -221,7 +240,8 @@ def train(
         typer.Option(help="Examples: .json, .jsonl, .csv or .parquet; repeatable; the recipe's."),
     ] = None,
     validation: Annotated[
-        list[Path] | None, typer.Option(help="Likewise, for the early stop; the recipe's.")
+        list[Path] | None,
+        typer.Option(help="Likewise; each stage keeps its best state on it; the recipe's."),
     ] = None,
 ) -> None:
     """Train a MoGU of a model: two responders, then the routers."""

@@ -320,7 +320,8 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     bars.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # a launcher's process has its own
+    return model.to(own if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def checkpoint_folder(checkpoint: str | os.PathLike) -> str | os.PathLike:

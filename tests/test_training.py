@@ -25,6 +25,7 @@ from mogu_kernels.training import (
     batches,
     load_config,
     losses,
+    routers,
     train,
 )
 from mogu_kernels.training.batches import IGNORED, Item, Packer
@@ -47,6 +48,7 @@ TOY = TrainingConfig(
     unwill=ResponderConfig(**STAGE, rank=2),
     router=RouterConfig(**STAGE | {"steps": 24}, accumulation=1, hidden=8),
 )
+STAGES = ("glad", "unwill", "router")
 MALICIOUS = ["bad apples", "bad bees", "bad cats", "bad dogs", "bad eggs", "bad fish", "bad guns"]
 BENIGN = [
     "nice apples",
@@ -283,11 +285,10 @@ def test_two_processes_train_one_model(tmp_path):
 TWO = """
 import dataclasses, sys
 sys.path.insert(0, ".")
-from tests.test_training import EXAMPLES, TOY, llama
+from tests.test_training import EXAMPLES, STAGES, TOY, llama
 from tests.tokens import chat_tokenizer
 from mogu_kernels.training import train
-stages = ("glad", "unwill", "router")
-short = {name: dataclasses.replace(getattr(TOY, name), steps=4) for name in stages}
+short = {name: dataclasses.replace(getattr(TOY, name), steps=4) for name in STAGES}
 train(dataclasses.replace(TOY, **short), llama(), chat_tokenizer(), EXAMPLES, sys.argv[1])
 """
 
@@ -313,7 +314,7 @@ def test_another_config_data_or_model_does_not_go_on_in_the_same_folder(trained,
     other = dataclasses.replace(TOY, seed=4)
     with pytest.raises(ValueError, match="another examples, seed: delete it"):
         train(other, llama(), tokenizer, EXAMPLES, folder)
-    with pytest.raises(ValueError, match="another model_config"):
+    with pytest.raises(ValueError, match="another model: delete it"):
         train(
             TOY,
             llama(num_hidden_layers=3),
@@ -324,12 +325,46 @@ def test_another_config_data_or_model_does_not_go_on_in_the_same_folder(trained,
         )
 
 
+def test_other_weights_are_another_model(trained, tokenizer):
+    folder, *_ = trained
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="another model: delete it"):
+        train(TOY, model, tokenizer, EXAMPLES, folder, validation=EXAMPLES[::3])
+
+
+def test_other_routers_are_trained_on_the_responders_that_are_there(trained, tokenizer, tmp_path):
+    folder, *_ = trained
+    shutil.copytree(folder, tmp_path / "run")
+    before = (tmp_path / "run/glad/adapter/adapter_model.safetensors").read_bytes()
+    router = dataclasses.replace(TOY.router, gate_loss_weight=1.0, steps=3)
+    other = dataclasses.replace(TOY, model="spelled otherwise", router=router)
+    options = {"validation": EXAMPLES[::3]}
+    with pytest.raises(ValueError, match="router holds a run with another gate_loss_weight, steps"):
+        train(other, llama(), tokenizer, EXAMPLES, tmp_path / "run", **options)
+    shutil.rmtree(tmp_path / "run/router")
+    train(other, llama(), tokenizer, EXAMPLES, tmp_path / "run", **options)
+    assert (tmp_path / "run/router/steps/checkpoint-3").is_dir()
+    assert (tmp_path / "run/glad/adapter/adapter_model.safetensors").read_bytes() == before
+    assert not (tmp_path / "run/glad/steps/checkpoint-3").is_dir()  # it was not stepped again
+
+
+def test_without_a_terminal_a_checkpoint_is_a_line(tokenizer, tmp_path, capsys):
+    short = {name: dataclasses.replace(getattr(TOY, name), steps=3) for name in STAGES}
+    train(dataclasses.replace(TOY, **short), llama(), tokenizer, EXAMPLES, tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "step 3 of 3, loss" in line]
+    assert [line.split(":")[0] for line in lines] == ["glad", "unwill", "routers"]
+
+
 def test_examples_that_do_not_do_stop_a_run_before_it_begins(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="0 malicious and 7 benign examples"):
         train(TOY, llama(), tokenizer, EXAMPLES[7:], tmp_path)
     silent = [*EXAMPLES, Example("Hm?", None, False, "data.jsonl:7")]
     with pytest.raises(ValueError, match=r"data\.jsonl:7: a benign example without a response"):
         train(TOY, llama(), tokenizer, silent, tmp_path)
+    with pytest.raises(ValueError, match="3 malicious and 0 benign examples: give both, to train"):
+        train(TOY, llama(), tokenizer, EXAMPLES, tmp_path, validation=EXAMPLES[:3])
     assert not list(tmp_path.iterdir())
 
 
@@ -350,6 +385,18 @@ def test_v2_routes_the_best_layers_and_trains_their_projections(tokenizer, tmp_p
         assert torch.equal(glad[:, 2:], unwill[:, 2:])  # one update, which both experts carry
         assert glad[:, 2:].any()
         assert not torch.equal(glad[:, :2], unwill[:, :2])
+
+
+def test_the_backbone_of_a_half_precision_model_is_trained_in_fp32():
+    model = llama(dtype=torch.bfloat16)
+    mk.attach(model, tiny.checkpoint(model), trainable=True)
+    module = next(m for m in model.modules() if isinstance(m, mk.MoGULinear))
+    dtype, shape = module.lora_A.dtype, module.lora_A.shape
+    routers._add_backbone(module, 3)
+    shared = [p for name, p in module.named_parameters() if name.endswith(".shared")]
+    assert [p.dtype for p in shared] == [torch.float32] * 2
+    assert (module.lora_A.dtype, module.lora_B.dtype) == (dtype, dtype)
+    assert module.lora_A.shape == (shape[0], shape[1] + 3, shape[2])
 
 
 def test_routers_without_a_backbone_leave_the_responders_alone(trained, encoder, tmp_path):
@@ -448,6 +495,12 @@ def test_the_published_recipe_is_the_default():
         ("router: 3", ValueError, r"router is a int: take a mapping"),
         ("data: [1]", TypeError, r"data is \[1\]: take a list of texts"),
         ("seed: [", ValueError, r"bad\.yaml"),
+        ("router: {gate: relu}", ValueError, r"gate is 'relu': take one of sigmoid, softmax"),
+        ("glad: {schedule: cosin}", ValueError, r"schedule is 'cosin': take one of constant"),
+        ("template: llama3", ValueError, r"template is 'llama3': take one of chat, llama2"),
+        ("unwill: {dropout: 1.0}", ValueError, r"dropout is 1.0: take less than 1"),
+        ("glad: {learning_rate: .nan}", ValueError, r"learning_rate is nan: take more"),
+        ("glad: {learning_rate: fast}", TypeError, r"learning_rate is 'fast': take float"),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_named(text, error, says, tmp_path):
@@ -455,6 +508,16 @@ def test_a_config_that_cannot_be_meant_is_named(text, error, says, tmp_path):
     path.write_text(text)
     with pytest.raises(error, match=says):
         load_config(path)
+
+
+def test_a_config_is_read_as_people_write_it(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "empty.yaml") == TrainingConfig()
+    (tmp_path / "short.yaml").write_text("glad: {learning_rate: 5e-4}")
+    assert load_config(tmp_path / "short.yaml").glad.learning_rate == 5e-4
+    own = json.dumps(dataclasses.asdict(TOY), indent="\t")
+    (tmp_path / "own.json").write_text(own)
+    assert load_config(tmp_path / "own.json") == TOY
 
 
 def test_softmax_routers_train_too(trained, encoder, tmp_path):

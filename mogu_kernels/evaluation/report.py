@@ -49,7 +49,7 @@ def markdown(results: Results, labels: Mapping[str, str] | None = None) -> str:
         labels: names to print; the systems' own where missing.
 
     Raises:
-        ValueError: the base model is missing, or the sets differ.
+        ValueError: the base model is missing, the sets differ, or they are all of one class.
     """
     sets = _sets(results)
     labels = {name: name for name in results} | dict(labels or {})
@@ -296,6 +296,8 @@ def _spread(values: Sequence[float], digits: int = 1) -> str:
 
 def _mean(values: Any) -> float:
     values = list(values)
+    if not values:
+        raise ValueError("no set of one class: security needs malicious prompts, usability benign")
     return sum(values) / len(values)
 
 

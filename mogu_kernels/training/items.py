@@ -81,7 +81,8 @@ def couples(examples: Sequence[Example], encoder: Encoder, seed: int) -> list[li
     classes = [[e for e in examples if e.malicious], [e for e in examples if not e.malicious]]
     if not all(classes):
         raise ValueError(
-            f"{len(classes[0])} malicious and {len(classes[1])} benign examples: give both"
+            f"{len(classes[0])} malicious and {len(classes[1])} benign examples: give both, "
+            "to train on and to validate"
         )
     for own in classes:
         rng.shuffle(own)

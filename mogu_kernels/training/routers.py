@@ -110,14 +110,15 @@ class _WithBackbone(nn.Module):
         self.shared, self.dim = nn.Parameter(shared), dim
 
     def forward(self, experts: Tensor) -> Tensor:
-        shared = self.shared.expand(len(experts), *self.shared.shape)
+        shared = self.shared.to(experts.dtype).expand(len(experts), *self.shared.shape)
         return torch.cat([experts, shared], dim=self.dim)
 
 
 def _add_backbone(module: MoGULinear, rank: int) -> None:
     """Let `module` train an update of its base, zero at first."""
     K, N = module.in_features, module.out_features
-    options = {"dtype": module.lora_A.dtype, "device": module.lora_A.device}
+    # fp32 whatever the model has: steps of AdamW are lost in half precision
+    options = {"dtype": torch.float32, "device": module.lora_A.device}
     down = torch.empty(rank, K, **options).uniform_(-1, 1) * K**-0.5
     parametrize.register_parametrization(module, "lora_A", _WithBackbone(down, 1), unsafe=True)
     up = torch.zeros(N, rank, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from mogu_kernels.checkpoint import (
     MoGUCheckpoint,
@@ -38,8 +39,9 @@ def train(
 ) -> MoGUCheckpoint:
     """Train a MoGU of `model` and write its checkpoint to `folder/checkpoint`.
 
-    A run that was killed goes on where its last whole step was saved; on a CPU the result has the
-    same bytes. Delete `folder` to begin anew.
+    A run that was killed goes on from its last saved step (every `save_steps`); on a CPU the
+    result has the same bytes. Each stage notes what it depends on in a `run.json`: with other
+    settings of the routers the responders of `folder` stay.
 
     Args:
         config: of the run.
@@ -51,7 +53,8 @@ def train(
         provenance: added to that of the checkpoint, such as hashes of the data.
 
     Raises:
-        ValueError: the data do not fit, or `folder` is of a run of another config, data or model.
+        ValueError: the data do not fit, or a stage in `folder` was run with other settings, data
+            or model.
     """
     folder = Path(folder)
     encoder = Encoder(
@@ -64,12 +67,17 @@ def train(
     own, watched = pairs(examples, encoder, seed), pairs(validation, encoder, seed)
     both = couples(examples, encoder, seed)  # before anything is trained: they are checked here
     watched_both = couples(validation, encoder, seed) if validation else []
-    same_run(folder, dataclasses.asdict(config), [*examples, *validation], model)
+    every = [*examples, *validation]
+    malicious = [example for example in every if example.malicious]
     layers = None
     if config.router.layers is not None:
         layers = most_separable(model, examples, encoder, config)
+    shared = {"target_modules": config.target_modules, "layers": layers, "seed": seed}
+    shared |= encoder.options
     metrics = {}
     for name in ("glad", "unwill"):
+        own_settings = shared | dataclasses.asdict(getattr(config, name))
+        same_run(folder / name, own_settings, malicious, model)
         metrics[name] = train_responder(
             name,
             model,
@@ -83,6 +91,9 @@ def train(
             seed=seed,
         )
     responders = {name: folder / name / "adapter" for name in metrics}
+    settings = shared | dataclasses.asdict(config.router)
+    settings["responders"] = {name: _weights_sha256(path) for name, path in responders.items()}
+    same_run(folder / "router", settings, every, model)
     checkpoint, metrics["router"] = train_routers(
         model,
         responders,
@@ -127,10 +138,10 @@ def same_run(
         ValueError: it holds the steps of a run that depended on something else.
     """
     text = json.dumps([[e.instruction, e.response, e.malicious] for e in examples])
-    shape = {key: value for key, value in model.config.to_dict().items() if key[0] != "_"}
     own = settings | {
         "examples": hashlib.sha256(text.encode()).hexdigest(),
-        "model_config": hashlib.sha256(repr(sorted(shape.items())).encode()).hexdigest(),
+        "model": fingerprint(model),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
     own = json.loads(json.dumps(own))  # as it will be read
     path = folder / "run.json"
@@ -142,3 +153,20 @@ def same_run(
         raise ValueError(
             f"{folder} holds a run with another {', '.join(differing)}: delete it or take another"
         )
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of every parameter's name, shape and dtype, and of up to 64 values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        if type(parameter.data) is torch.Tensor:  # a quantised weight has no values of its own
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // 64)][:64]
+            digest.update(repr(some.double().tolist()).encode())
+    return digest.hexdigest()
+
+
+def _weights_sha256(adapter: Path) -> str:
+    """Of a PEFT folder's weights."""
+    return hashlib.sha256((adapter / SAFETENSORS_WEIGHTS_NAME).read_bytes()).hexdigest()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,10 @@ class _Trainer(Trainer):
 
 
 class _Bar(TrainerCallback):
-    """One bar a stage, with the last loss and the objective's other scalars behind it."""
+    """One bar a stage, with the last loss and the objective's other scalars behind it.
+
+    Without a terminal it is one line at every checkpoint.
+    """
 
     def __init__(self, title: str):
         self.title, self.shown = title, {}
@@ -210,6 +214,12 @@ class _Bar(TrainerCallback):
             if isinstance(value, float) and name not in hidden and "_per_second" not in name
         }
         self.bar.set_postfix(self.shown)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.bar.disable and state.is_world_process_zero:
+            shown = ", ".join(f"{name} {value}" for name, value in self.shown.items())
+            line = f"{self.title}: step {state.global_step} of {state.max_steps}, {shown}\n"
+            sys.stderr.write(line)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
