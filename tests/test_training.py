@@ -340,14 +340,16 @@ def test_other_routers_are_trained_on_the_responders_that_are_there(trained, tok
     before = (tmp_path / "run/glad/adapter/adapter_model.safetensors").read_bytes()
     router = dataclasses.replace(TOY.router, gate_loss_weight=1.0, steps=3)
     other = dataclasses.replace(TOY, model="spelled otherwise", router=router)
-    options = {"validation": EXAMPLES[::3]}
+    run, options = {"folder": tmp_path / "run"}, {"validation": EXAMPLES[::3]}
     with pytest.raises(ValueError, match="router holds a run with another gate_loss_weight, steps"):
-        train(other, llama(), tokenizer, EXAMPLES, tmp_path / "run", **options)
+        train(other, llama(), tokenizer, EXAMPLES, **run, **options)
     shutil.rmtree(tmp_path / "run/router")
-    train(other, llama(), tokenizer, EXAMPLES, tmp_path / "run", **options)
+    train(other, llama(), tokenizer, EXAMPLES, **run, **options)
     assert (tmp_path / "run/router/steps/checkpoint-3").is_dir()
     assert (tmp_path / "run/glad/adapter/adapter_model.safetensors").read_bytes() == before
     assert not (tmp_path / "run/glad/steps/checkpoint-3").is_dir()  # it was not stepped again
+    biased = dataclasses.replace(router, refusal_bias=0.5)  # and this needs no steps at all
+    train(dataclasses.replace(other, router=biased), llama(), tokenizer, EXAMPLES, **run, **options)
 
 
 def test_without_a_terminal_a_checkpoint_is_a_line(tokenizer, tmp_path, capsys):
@@ -513,11 +515,28 @@ def test_a_config_that_cannot_be_meant_is_named(text, error, says, tmp_path):
 def test_a_config_is_read_as_people_write_it(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "empty.yaml") == TrainingConfig()
-    (tmp_path / "short.yaml").write_text("glad: {learning_rate: 5e-4}")
-    assert load_config(tmp_path / "short.yaml").glad.learning_rate == 5e-4
+    (tmp_path / "short.yaml").write_text("glad: {learning_rate: 5e-4}\nrouter: {refusal_bias: -1}")
+    short = load_config(tmp_path / "short.yaml")
+    assert (short.glad.learning_rate, short.router.refusal_bias) == (5e-4, -1.0)
     own = json.dumps(dataclasses.asdict(TOY), indent="\t")
     (tmp_path / "own.json").write_text(own)
     assert load_config(tmp_path / "own.json") == TOY
+
+
+def test_a_refusal_bias_moves_the_gates_and_nothing_else(trained, encoder, tmp_path):
+    folder, *_ = trained
+    adapters = {name: folder / name / "adapter" for name in ("glad", "unwill")}
+    own = couples(EXAMPLES, encoder, 0)
+    for bias in (0.0, 0.75):
+        config = dataclasses.replace(TOY.router, refusal_bias=bias, steps=3)
+        steps = tmp_path / "steps"
+        found, _ = train_routers(llama(), adapters, own, [], config, steps, pad_token_id=1)
+        if not bias:
+            plain = found
+    assert plain.config.expert_names == ("glad", "unwill")
+    for name, tensor in plain.tensors.items():
+        step = torch.tensor([-0.75, 0.75]) if name.endswith(".gate_bias") else 0.0
+        torch.testing.assert_close(found.tensors[name], tensor + step, atol=0, rtol=0)
 
 
 def test_softmax_routers_train_too(trained, encoder, tmp_path):

@@ -80,6 +80,9 @@ class RouterConfig(StageConfig):
         hidden: width of the router's first linear.
         gate: "sigmoid" (published) or "softmax".
         gate_loss_weight: lambda.
+        refusal_bias: added to the unwilling gate's logit and taken from the glad one's when
+            training is over: more of it refuses more, of both classes, less than 0 refuses less;
+            0 as published.
         layers: MoGU v2: how many layers are routed, those whose hidden states tell the classes
             apart best; None routes all, as v1.
         backbone_rank: MoGU v2: rank of an update of the routed projections themselves that is
@@ -91,6 +94,7 @@ class RouterConfig(StageConfig):
     hidden: int = 512
     gate: str = "sigmoid"
     gate_loss_weight: float = 2.0
+    refusal_bias: float = 0.0
     layers: int | None = None
     backbone_rank: int = 0
 
@@ -175,6 +179,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where} is {value!r}: take one of {', '.join(CHOICES[name])}")
     least = 0 if name in MAY_BE_ZERO else 1 if isinstance(value, int) else 1e-12
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if name == "refusal_bias" and math.isfinite(value):
+            return value
         if not least <= value < math.inf:
             raise ValueError(f"{where} is {value}: take {'0 or more' if not least else 'more'}")
         if name == "dropout" and value >= 1:

@@ -89,6 +89,7 @@ def train_routers(
                 title="routers",
             )
             trained = _trained(model, checkpoint, config.backbone_rank).folded()
+            trained = _leaning(trained, config.refusal_bias)
         finally:
             detach(model)
     return trained, metrics
@@ -142,3 +143,14 @@ def _trained(model: Any, start: MoGUCheckpoint, backbone_rank: int) -> MoGUCheck
             lora_alpha=tuple(s * (rank**0.5 if config.rslora else rank) for s in scaling),
         )
     return MoGUCheckpoint(config, tensors)
+
+
+def _leaning(folded: MoGUCheckpoint, bias: float) -> MoGUCheckpoint:
+    """The checkpoint with every unwilling gate's logit raised, and every glad one's lowered."""
+    steps = {"unwill": bias, "glad": -bias}
+    lean = torch.tensor([steps[name] for name in folded.config.expert_names])
+    tensors = {
+        name: tensor + lean if name.endswith(".gate_bias") else tensor
+        for name, tensor in folded.tensors.items()
+    }
+    return MoGUCheckpoint(folded.config, tensors)

@@ -92,6 +92,7 @@ def train(
         )
     responders = {name: folder / name / "adapter" for name in metrics}
     settings = shared | dataclasses.asdict(config.router)
+    del settings["refusal_bias"]  # comes after the steps: another one needs none of them again
     settings["responders"] = {name: _weights_sha256(path) for name, path in responders.items()}
     same_run(folder / "router", settings, every, model)
     checkpoint, metrics["router"] = train_routers(
