@@ -344,12 +344,16 @@ def test_other_routers_are_trained_on_the_responders_that_are_there(trained, tok
     with pytest.raises(ValueError, match="router holds a run with another gate_loss_weight, steps"):
         train(other, llama(), tokenizer, EXAMPLES, **run, **options)
     shutil.rmtree(tmp_path / "run/router")
-    train(other, llama(), tokenizer, EXAMPLES, **run, **options)
+    plain = train(other, llama(), tokenizer, EXAMPLES, **run, **options)
     assert (tmp_path / "run/router/steps/checkpoint-3").is_dir()
     assert (tmp_path / "run/glad/adapter/adapter_model.safetensors").read_bytes() == before
     assert not (tmp_path / "run/glad/steps/checkpoint-3").is_dir()  # it was not stepped again
     biased = dataclasses.replace(router, refusal_bias=0.5)  # and this needs no steps at all
-    train(dataclasses.replace(other, router=biased), llama(), tokenizer, EXAMPLES, **run, **options)
+    other = dataclasses.replace(other, router=biased)
+    found = train(other, llama(), tokenizer, EXAMPLES, **run, **options)
+    for name, tensor in plain.tensors.items():
+        step = torch.tensor([-0.5, 0.5]) if name.endswith(".gate_bias") else 0.0
+        torch.testing.assert_close(found.tensors[name], tensor + step, atol=0, rtol=0)
 
 
 def test_without_a_terminal_a_checkpoint_is_a_line(tokenizer, tmp_path, capsys):

@@ -235,15 +235,15 @@ def split(seed: int = 0) -> Split:
     uses, benign_pairs, questions = malicious_uses(), pairs(), sensitive()
     for prompts in (malicious, benign, wrappers, uses, benign_pairs, questions):
         rng.shuffle(prompts)
-    near = len(benign_pairs) + len(questions)
-    benign_pairs, questions = (off_topic(own, edgy()) for own in (benign_pairs, questions))
+    edgy_prompts, near = edgy(), len(benign_pairs) + len(questions)
+    benign_pairs, questions = (off_topic(own, edgy_prompts) for own in (benign_pairs, questions))
     near -= len(benign_pairs) + len(questions)
     test = {
         "harmbench": malicious[:100],
         "strongreject": strongreject(),
         "jailbreaks": _wrapped(wrappers[:100], malicious[:100]),
         "alpaca": benign[:100],
-        "edgy": edgy(),
+        "edgy": edgy_prompts,
     }
     held_out = [example for prompts in test.values() for example in prompts]
     sources = (malicious[100:], uses, benign[100:410], benign_pairs, questions)
