@@ -223,6 +223,10 @@ def test_eval_tells_people_a_line_a_figure(folders, run, small_sets):
     [
         (("--sets", "worse"), "no set is named 'worse': take any of bad, good"),
         (("--defence", "hope"), "defence='hope': take one of self_reminder"),
+        (
+            ("--defence", "rose", "--template", "llama2"),
+            "rose is written for the chat template: leave llama2 out",
+        ),
         (("nowhere",), "nowhere is no folder: take a MoGU checkpoint or a PEFT folder"),
         (("--seed", 1), "seed=1, but greedy decoding draws nothing: add --sample"),
     ],

@@ -705,6 +705,8 @@ def test_an_artefact_of_another_recipe_is_not_measured(compared):
     for note in folder.glob("seed-*/*.json"):  # made anew, with the same bytes
         note.write_text('{"recipe": "another"}')
     assert not run(recipe="another")[2]
+    shutil.rmtree(folder / "seed-1" / "mogu")
+    assert len(run(recipe="another")[0]["mogu"]) == 2  # kept as what the other recipe made
     (folder / "seed-0" / "mogu.json").unlink()
     with pytest.raises(ValueError, match="mogu was trained with another recipe"):
         run(recipe="another")

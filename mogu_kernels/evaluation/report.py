@@ -270,7 +270,7 @@ def _difference(
 
 
 def _points(value: float, noise: bool) -> str:
-    return f"{value:+.1f}{' (noise)' if noise else ''}"
+    return f"{round(value, 1) + 0.0:+.1f}{' (noise)' if noise else ''}"  # no -0.0
 
 
 def _rate(cells: Sequence[Mapping[str, Any]]) -> str:
