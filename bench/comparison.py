@@ -157,7 +157,7 @@ def _page(table: str, settings: Mapping[str, Any], seeds: list[int], missing: li
         table,
     ]
     if missing:
-        lines += [f"Not trained, so not in the table: {'; '.join(missing)}.", ""]
+        lines += [f"Not measured, so not in the table: {'; '.join(missing)}.", ""]
     return "\n".join(lines)
 
 

@@ -732,7 +732,7 @@ def test_the_page_tells_what_is_missing_and_leaves_single_prompts_out():
     settings = {"max_new_tokens": 32, "sample": False, "about": {"dtype": "bf16"}}
     page = comparison._page("TABLE", settings, [0, 1], ["unwill only, seed 0"])
     assert "TABLE" in page
-    assert "Not trained, so not in the table: unwill only, seed 0." in page
+    assert "Not measured, so not in the table: unwill only, seed 0." in page
     gates = {"benign": {"by_prompt": [1], "last token": {"glad": 1}}}
     kept = comparison._without_prompts({"mogu": [{"gates": gates}]})
     assert kept == {"mogu": [{"gates": {"benign": {"last token": {"glad": 1}}}}]}
