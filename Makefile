@@ -19,6 +19,7 @@ train-demo: setup  ## train the checkpoint that the demo uses; two cores, under 
 comparison: setup  ## train and measure every defence, SEEDS="0 1 2"; hours; a stopped run goes on
 	$(BIN)/python -m bench.artefacts --seeds $(SEEDS)
 	$(BIN)/python -m bench.comparison --artefacts out/comparison --seeds $(SEEDS)
+	$(BIN)/python -m bench.refusal_bias --artefacts out/comparison --seeds $(SEEDS)
 
 bench-training: setup  ## one optimiser step: official, PEFT, ours; time, memory, saved bytes
 	$(BIN)/python -m bench.training

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import mogu_kernels as mk
-from bench import comparison
+from bench import comparison, refusal_bias
 from mogu_kernels import convert, evaluation
 from mogu_kernels.evaluation import judges, measure, pairs, prompts, refusal, report, systems
+from mogu_kernels.training import routers
 from mogu_kernels.training.data import Example
 from tests import tiny
 from tests.test_cli import byte_tokenizer
@@ -742,3 +743,32 @@ def test_every_row_of_the_comparison_can_be_loaded():
     for own in comparison.SYSTEMS.values():
         assert own.defence is None or own.defence in evaluation.DEFENCES
     assert next(iter(comparison.SYSTEMS)) == report.BASE
+
+
+def test_a_bias_is_put_in_anothers_place_as_training_puts_it(tokenizer):
+    model = tiny.llama()
+    checkpoint = tiny.checkpoint(model, ("o_proj",)).folded()
+    mk.attach(model, checkpoint)
+    for bias in (0.5, 0.25 - 0.5):  # 0.25 in the end
+        refusal_bias.lean(systems.RoutedSystem(model, tokenizer), bias)
+    for name, expected in routers._leaning(checkpoint, 0.25).tensors.items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected)
+
+
+def test_the_bias_is_measured_on_what_the_table_does_not_show():
+    examples = [Example(str(i), None, True, "test") for i in range(313)]
+    shown = {e.instruction for e in measure.spread(examples, 100)}
+    left = {e.instruction for e in refusal_bias.left_out(examples)}
+    assert len(left) == 213
+    assert not left & shown
+
+
+def test_the_page_of_the_biases_has_every_seed():
+    found = {
+        bias: [{"sets": {"bad": {"n": 40, "refused": r}}} for r in refused]
+        for bias, refused in ((0.0, (30, 32)), (0.5, (38, 40)))
+    }
+    page = refusal_bias.table(found, [0, 2])
+    assert "bad refused of 40: seeds 0, 2 | %" in page
+    assert "| 0 | 30, 32 | 77.5 |" in page
+    assert "| 0.5 | 38, 40 | 97.5 |" in page
