@@ -29,6 +29,7 @@ from mogu_kernels import evaluation
 from mogu_kernels.evaluation import evaluate, figures, load_system, markdown, sets
 
 RESULTS = Path("bench/results")
+SHOWN = 100  # prompts of each set
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--artefacts", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--limit", type=int, default=100, help="prompts of each set")
+    parser.add_argument("--limit", type=int, default=SHOWN, help="prompts of each set")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--sample", action="store_true", help="draw answers at temperature 1")

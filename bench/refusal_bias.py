@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bench import machine
 from bench.artefacts import depends_on, is_current, write
-from bench.comparison import RESULTS
+from bench.comparison import RESULTS, SHOWN
 from demo.smollm2 import NAME, load_smollm2
 from demo.train import RECIPE
 from mogu_kernels import plots
@@ -32,7 +32,6 @@ from mogu_kernels.training import load_config
 from mogu_kernels.training.data import Example
 
 SETS = ("strongreject", "edgy")
-SHOWN = 100  # prompts of a set in the comparison's table
 
 
 def main() -> None:
@@ -56,8 +55,7 @@ def main() -> None:
         for bias in tqdm(asked.biases, "biases", leave=False):
             lean(system, bias - now)
             now = bias
-            result = evaluate(system, prompts, prefixes=prefixes)
-            found[bias].append({name: result[name] for name in ("sets", "perplexity")})
+            found[bias].append({"sets": evaluate(system, prompts, prefixes=prefixes)["sets"]})
     page = table(found, asked.seeds)
     write(asked.out / "refusal-bias.json", {"seeds": asked.seeds, "by_bias": found})
     (asked.out / "refusal-bias.md").write_text(page)
