@@ -4,7 +4,7 @@
 dro (PEFT prompt tuning), all trained on the standard split; beside each lies in NAME.json what it
 depends on. A baseline has about the processor time of MoGU in all its stages; it ends earlier if
 its validation loss has not fallen for 60 steps. Every method keeps the state that was best on the
-same validation prompts.
+validation prompts of the classes that it is trained on; glad, unwill and led see malicious ones.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 `DIR/seed-S/mogu_v2` is what `bench.artefacts` left. A bias needs no training: the recipe's is
 taken out of the checkpoint and another put in its place. The prompts are those of StrongREJECT and
 of the edgy set that `bench.comparison` leaves out of its table, so that a bias chosen here is not
-chosen on what the table shows. Written to `bench/results/refusal-bias.{md,json,png}`.
+chosen on what the table shows, and harmless role-plays of ours (`sets.roles`). Written to
+`bench/results/refusal-bias.{md,json,png}`.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("medium")  # oneDNN's GEMMs: faster on some CPUs
     test, prefixes = sets.split().test, sets.refusal_prefixes()
-    prompts = {name: left_out(test[name]) for name in SETS}
+    prompts = {name: left_out(test[name]) for name in SETS} | {"roles": sets.roles()[1]}
     trained_with = load_config(RECIPE).router.refusal_bias
     found: dict[float, list[dict[str, Any]]] = {bias: [] for bias in asked.biases}
     for seed in tqdm(asked.seeds, "seeds"):

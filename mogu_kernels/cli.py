@@ -178,6 +178,12 @@ def measure(
             help="harmbench, strongreject, jailbreaks, alpaca, edgy; repeatable; all if none.",
         ),
     ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Examples of your own, as for training, instead of these sets; repeatable."
+        ),
+    ] = None,
     template: Annotated[
         Literal["chat", "llama2"] | None,
         typer.Option(help="Of the prompts; that of the checkpoint's training, else chat."),
@@ -193,9 +199,11 @@ def measure(
 ) -> None:
     """Measure refusal by prompt set, response perplexity and gates.
 
-    The sets are public ones, read out of their packages and never stored with the results.
+    The sets are public ones, read out of their packages and never stored with the results. What is
+    chosen by a measurement, such as a recipe's refusal_bias, is better chosen on --data.
     """
     from mogu_kernels import evaluation
+    from mogu_kernels.training import read_examples
 
     if seed is not None and not sample:
         raise ValueError(f"seed={seed}, but greedy decoding draws nothing: add --sample")
@@ -205,19 +213,31 @@ def measure(
         raise ValueError(f"{checkpoint} is no folder: take a MoGU checkpoint or a PEFT folder")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    test = evaluation.split().test
-    if unknown := set(sets or ()) - set(test):
-        raise ValueError(f"no set is named {sorted(unknown)[0]!r}: take any of {', '.join(test)}")
+    prompts: dict[str, Any] = {}
+    for path in data or ():
+        for example in read_examples(path):
+            name = f"{path.stem}, {'malicious' if example.malicious else 'benign'}"
+            prompts.setdefault(name, []).append(example)
+    if sets or not data:
+        test = evaluation.split().test
+        if unknown := set(sets or ()) - set(test):
+            names = ", ".join(test)
+            raise ValueError(f"no set is named {sorted(unknown)[0]!r}: take any of {names}")
+        prompts |= {name: test[name] for name in sets or test}
     system = evaluation.load_system(*load_pretrained(model), checkpoint, defence, template)
-    found = evaluation.evaluate(
-        system,
-        {name: test[name] for name in sets or test},
-        prefixes=evaluation.refusal_prefixes(),
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        sample=sample,
-        seed=seed or 0,
-    )
+    settings = {
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "sample": sample,
+        "seed": seed or 0,
+    }
+    found = evaluation.evaluate(system, prompts, prefixes=evaluation.refusal_prefixes(), **settings)
+    found["measured"] = settings | {
+        "model": model,
+        "checkpoint": checkpoint and str(checkpoint),
+        "defence": defence,
+        "template": template,
+    }
     if out is not None:
         (out / "eval.json").write_text(json.dumps(found, indent=2) + "\n")
         if "gates" in found:

@@ -202,9 +202,24 @@ def test_eval_measures_what_the_library_does(folders, run, small_sets, tmp_path)
     system = evaluation.load_system(model, byte_tokenizer(), folders / "mlp")
     prefixes = evaluation.refusal_prefixes()
     expected = evaluation.evaluate(system, small_sets, prefixes=prefixes, limit=2, max_new_tokens=3)
-    assert found == expected
+    assert found == expected | {"measured": found["measured"]}
+    assert found["measured"]["checkpoint"] == str(folders / "mlp")
+    assert (found["measured"]["limit"], found["measured"]["defence"]) == (2, None)
     assert json.loads((tmp_path / "new" / "eval.json").read_text()) == found
     assert (tmp_path / "new" / "gates.png").is_file()
+
+
+def test_eval_takes_prompts_of_your_own(folders, run, small_sets, tmp_path):
+    rows = [
+        {"instruction": "mine", "malicious": True},
+        {"instruction": "yours", "response": "good", "malicious": False},
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ("eval", folders / "model", "--data", tmp_path / "own.jsonl", "--max-new-tokens", 3)
+    found = json.loads(run(*command, "--json")[1])
+    assert list(found["sets"]) == ["own, malicious", "own, benign"]
+    found = json.loads(run(*command, "--sets", "bad", "--json")[1])
+    assert list(found["sets"]) == ["own, malicious", "own, benign", "bad"]
 
 
 def test_eval_tells_people_a_line_a_figure(folders, run, small_sets):

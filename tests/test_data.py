@@ -3,12 +3,10 @@
 import hashlib
 import io
 import json
-import random
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -16,10 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mogu_kernels import packages
-from mogu_kernels.evaluation import sets
+from mogu_kernels.evaluation import is_refusal, sets
 from mogu_kernels.training.data import (
     Example,
-    balance,
     deduplicate,
     encode,
     off_topic,
@@ -235,16 +232,6 @@ def test_similarity_counts_from_three_fifths():
     a, b = benign("a b c d e f g h"), benign("a b c d e f i j")  # 6 of 10 words shared
     c = benign("a b c d e k l m")  # 5 of 11
     assert deduplicate([a, b, c]) == [a, c]
-
-
-def test_balance_drops_the_surplus_by_seed():
-    examples = [benign(f"b{i}") for i in range(9)] + [malicious(f"m{i}") for i in range(4)]
-    kept = balance(examples, random.Random(3))
-    assert Counter(example.malicious for example in kept) == {True: 4, False: 4}
-    assert kept == sorted(kept, key=examples.index)
-    assert kept == balance(examples, random.Random(3)) != balance(examples, random.Random(4))
-    with pytest.raises(ValueError, match="9 benign and 0 malicious examples: give both"):
-        balance(examples[:9], random.Random(3))
 
 
 def test_sentences_are_many_short_and_bare():
@@ -480,6 +467,11 @@ class TestPublicSets:
         assert [len(p) for p in sets.refusal_prefixes()] == [29, 18]
         assert len(sets.alpaca()) == 967
 
+    def test_the_keyword_rule_sees_every_refusal_and_no_opener(self):
+        for prefixes in sets.refusal_prefixes():
+            assert [s for s in REFUSALS if not is_refusal(s, prefixes)] == []
+            assert [s for s in OPENERS if is_refusal(s, prefixes)] == []
+
     def test_no_malicious_example_has_an_answer(self):
         split = sets.split(0)
         examples = [*split.train, *(e for prompts in split.test.values() for e in prompts)]
@@ -492,12 +484,23 @@ class TestPublicSets:
         trained = [*split.train, *split.validation]
         for class_ in (True, False):
             own = [example for example in trained if example.malicious is class_]
+            own = [example for example in own if example.source != "roles"]  # share their frames
             assert deduplicate(own, held_out) == own
         for source in ("pairs", "sensitive"):
             own = [example for example in trained if example.source == source]
             assert len(own) > 100
             assert off_topic(own, split.test["edgy"]) == own
-        assert sum(example.source == "jailbreaks" for example in trained) == 29
+        assert sum(example.source == "jailbreaks" for example in trained) == 59
+
+    def test_of_the_role_plays_those_for_the_test_have_frames_of_their_own(self):
+        trained, tested = sets.roles()
+        assert (len(trained), len(tested)) == (56, 36)
+        assert not any(example.malicious for example in (*trained, *tested))
+        every = sets.split(0)
+        assert all(deduplicate([own], trained) for own in tested)
+        used = [e for e in (*every.train, *every.validation) if e.source == "roles"]
+        assert used == [*trained[8:], *trained[:8]]
+        assert all(deduplicate([own], trained[8:]) for own in trained[:8])
 
     def test_the_split_depends_on_the_seed_alone(self):
         assert sets.split(0) == sets.split(0)

@@ -601,7 +601,6 @@ def test_the_report_says_what_is_dominated_and_what_is_not():
         "| unwill | -8.0 | +90.0 | trades |",
         "| judge | -4.0 (noise) | +0.0 (noise) | is dominated |",
     ]
-    assert sentence in report.markdown(RESULTS, {"mogu": "MoGU"})
 
 
 def test_a_report_needs_the_base_model_and_the_same_sets():
@@ -615,17 +614,19 @@ def test_the_report_of_a_routed_system_has_its_gates_and_figures(tokenizer, fold
     routed = evaluation.load_system(tiny.llama(), tokenizer, folders / "mogu")
     found = {
         "base": [evaluation.evaluate(Echo(), SETS, prefixes=PREFIXES)],
-        "mogu": [evaluation.evaluate(routed, SETS, prefixes=PREFIXES, max_new_tokens=2)] * 2,
+        "mine": [evaluation.evaluate(routed, SETS, prefixes=PREFIXES, max_new_tokens=2)] * 2,
     }
     page = report.markdown(found)
-    mean = found["mogu"][0]["gates"]["malicious"]["last token"]["unwill"]["mean"]
+    mean = found["mine"][0]["gates"]["malicious"]["last token"]["unwill"]["mean"]
     assert f"{mean:.3f}" in next(
-        line for line in page.splitlines() if line.startswith("| mogu | malicious | last token")
+        line for line in page.splitlines() if line.startswith("| mine | malicious | last token")
     )
+    assert "mine dominates or equals" in page
+    assert "base dominates" not in page
     written = report.figures(found, tmp_path / "new")
-    assert [path.name for path in written] == ["frontier.png", "gates-mogu.png"]
+    assert [path.name for path in written] == ["frontier.png", "gates-mine.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    assert report.in_words(found["mogu"][0])["bad refused"].endswith("of 4 malicious prompts")
+    assert report.in_words(found["mine"][0])["bad refused"].endswith("of 4 malicious prompts")
 
 
 def test_a_table_needs_both_classes():
@@ -663,7 +664,7 @@ def compared(tmp_path, monkeypatch):
 
     def run(stop_after=99, recipe="own", **settings):
         evaluated_before = len(evaluated)
-        results, missing = comparison.compare(
+        results, missing, earlier = comparison.compare(
             tmp_path,
             tmp_path / "evaluated",
             [0, 1],
@@ -673,7 +674,7 @@ def compared(tmp_path, monkeypatch):
             trained=lambda artefact: {"recipe": recipe},
             stop_after=evaluated_before + stop_after,
         )
-        return results, missing, evaluated[evaluated_before:]
+        return results, missing, evaluated[evaluated_before:], earlier
 
     return run, tmp_path
 
@@ -682,7 +683,7 @@ def test_a_killed_comparison_goes_on(compared):
     run, _ = compared
     with pytest.raises(KeyboardInterrupt):
         run(stop_after=3)
-    results, missing, evaluated = run()
+    results, missing, evaluated, _ = run()
     assert evaluated == [("seed-0", "mogu"), ("seed-1", "mogu"), (None, "rose")]
     assert missing == ["unwill only, seed 0", "unwill only, seed 1"]
     counts = {name: [own["sets"]["bad"]["refused"] for own in r] for name, r in results.items()}
@@ -717,23 +718,38 @@ def test_what_was_measured_stays_when_its_artefact_is_deleted(compared):
     run, folder = compared
     run()
     shutil.rmtree(folder / "seed-1" / "mogu")
-    results, missing, evaluated = run()
+    results, missing, evaluated, earlier = run()
     assert len(results["mogu"]) == 2
     assert "MoGU, seed 1" not in missing
     assert not evaluated
-    for seed in (0, 1):
-        shutil.rmtree(folder / f"seed-{seed}" / "glad", ignore_errors=True)
-    shutil.rmtree(folder / "seed-0" / "mogu")
-    results, missing, _ = run(recipe="another")
-    assert "mogu" not in results
+    assert not earlier
+
+
+def test_a_row_without_results_of_this_training_shows_an_earlier_ones(compared):
+    run, folder = compared
+    before, *_ = run()
+    for artefact in folder.glob("seed-*/*/"):
+        shutil.rmtree(artefact)
+    results, missing, evaluated, earlier = run(recipe="another")
+    assert results == before
+    assert not evaluated
+    assert earlier == {"glad", "mogu"}
     assert "MoGU, seed 1" in missing
+    (folder / "seed-1" / "mogu").mkdir()  # trained anew
+    (folder / "seed-1" / "mogu.json").write_text('{"recipe": "another"}')
+    results, missing, evaluated, earlier = run(recipe="another")
+    assert evaluated == [("seed-1", "mogu")]
+    assert len(results["mogu"]) == 1  # the two are not mixed
+    assert earlier == {"glad"}
+    assert "glad" not in run(recipe="another", limit=2)[0]  # measured otherwise
 
 
 def test_the_page_tells_what_is_missing_and_leaves_single_prompts_out():
     settings = {"max_new_tokens": 32, "sample": False, "about": {"dtype": "bf16"}}
-    page = comparison._page("TABLE", settings, [0, 1], ["unwill only, seed 0"])
+    page = comparison._page("TABLE", settings, [0, 1], ["unwill only, seed 0"], {"mogu"})
     assert "TABLE" in page
-    assert "Not measured, so not in the table: unwill only, seed 0." in page
+    assert "Not measured with today's training: unwill only, seed 0." in page
+    assert "\N{DAGGER} Trained before" in page
     gates = {"benign": {"by_prompt": [1], "last token": {"glad": 1}}}
     kept = comparison._without_prompts({"mogu": [{"gates": gates}]})
     assert kept == {"mogu": [{"gates": {"benign": {"last token": {"glad": 1}}}}]}

@@ -31,7 +31,7 @@ from mogu_kernels.training import (
 from mogu_kernels.training.batches import IGNORED, Item, Packer
 from mogu_kernels.training.items import Encoder, couples, pairs
 from mogu_kernels.training.objectives import ResponderObjective, ResponseObjective, RouterObjective
-from mogu_kernels.training.probe import best_layers, probe_losses
+from mogu_kernels.training.probe import best_layers, probe, probe_losses
 from mogu_kernels.training.routers import train_routers
 from mogu_kernels.training.trainer import STATE_FILE, last_checkpoint
 from reference import losses as published
@@ -374,6 +374,24 @@ def test_examples_that_do_not_do_stop_a_run_before_it_begins(tokenizer, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ("nope",)}, "'nope' is no projection of LlamaForCausalLM"),
+        ({"router": dataclasses.replace(TOY.router, patience=2)}, "router: patience=2 needs"),
+        (
+            {"router": dataclasses.replace(TOY.router, layers=1)},
+            "4 examples of a class: the probe for router.layers needs 5 of each",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_leaves_nothing_behind(changes, message, tokenizer, tmp_path):
+    config = dataclasses.replace(TOY, **changes)
+    with pytest.raises(ValueError, match=message):
+        train(config, llama(), tokenizer, EXAMPLES[3:], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_v2_routes_the_best_layers_and_trains_their_projections(tokenizer, tmp_path):
     model = llama(num_hidden_layers=3)
     config = dataclasses.replace(
@@ -425,25 +443,36 @@ def test_a_probe_finds_the_layer_that_separates():
         best_layers(found, 5)
 
 
-def test_led_edits_the_layer_that_refusals_need(encoder):
+def test_a_probe_weighs_both_classes_alike():
+    states = torch.randn(2, 40, 6)
+    malicious = torch.arange(40) < 10
+    states[:, malicious] += 0.5
+    weight, bias = probe(states, malicious)
+    found = ((states @ weight[:, :, None])[:, :, 0] + bias[:, None]).sigmoid()
+    means = found[:, malicious].mean(1) + found[:, ~malicious].mean(1)
+    torch.testing.assert_close(means, torch.ones(2), atol=1e-3, rtol=0)  # as far up as down
+
+
+def test_led_edits_the_layer_that_refusals_need(encoder, monkeypatch):
     """Layers that are made to do nothing can be removed without loss."""
-    model = llama(num_hidden_layers=9)
-    needed = {0, 1, 2, 3, 4, 5}
+    model = llama(num_hidden_layers=15)  # the first ten may be edited
     for number, layer in enumerate(model.model.layers):
-        if number not in needed:
+        if number != 9:
             layer.self_attn.o_proj.weight.data.zero_()
             layer.mlp.down_proj.weight.data.zero_()
     batch = Packer(1)(pairs(EXAMPLES, encoder, 0))
     own = ResponderObjective(model, "rejection")
-    optimizer = torch.optim.Adam(model.model.layers[3].parameters(), 1e-2)
-    for _ in range(30):  # only the fourth learns to refuse
+    optimizer = torch.optim.Adam(model.model.layers[9].parameters(), 1e-2)
+    for _ in range(30):  # only the tenth learns to refuse
         optimizer.zero_grad()
         own(**batch)["wanted"].backward()
         optimizer.step()
     edited, toxic = baselines._layers_of_led(model, batch)
-    assert 3 in edited
-    assert len(edited) == baselines.LED_EDITED
-    assert toxic[-1] == 8
+    assert 9 in edited
+    assert (len(edited), len(toxic)) == (baselines.LED_EDITED, baselines.LED_TOXIC)
+    assert toxic[-1] == 14
+    monkeypatch.setattr(baselines, "LED_EDITED", 1)
+    assert baselines._layers_of_led(model, batch)[0] == [9]
 
 
 def test_dro_pushes_malicious_queries_to_where_refusals_are(tokenizer, encoder):

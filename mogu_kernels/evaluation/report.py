@@ -39,7 +39,7 @@ def perplexity_ratio(
 
 
 def markdown(results: Results, labels: Mapping[str, str] | None = None) -> str:
-    """The table, the mean gates, and what dominates what.
+    """The table, the mean gates, and what each routed system dominates.
 
     A cell is the mean over the seeds with its least and greatest; with one seed, the rate with its
     95 % Wilson interval.
@@ -71,8 +71,8 @@ def markdown(results: Results, labels: Mapping[str, str] | None = None) -> str:
     lines += _both_lists(results, labels, sets)
     lines += _throughout(results, labels)
     lines += _gate_lines(results, labels)
-    for name in ("mogu", "mogu_v2"):
-        if name in results:
+    for name, seeds in results.items():
+        if name != BASE and "gates" in seeds[0]:
             lines += ["", *dominance(results, name, labels)]
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """Public prompt sets, read out of packages at run time, and the project's standard split.
 
-Nothing of them is stored in this repository, but for our own `sensitive` questions. Malicious
-prompts come without answers: where a set has some, they are dropped on reading.
+Nothing of them is stored in this repository, but for our own `sensitive` questions and `roles`.
+Malicious prompts come without answers: where a set has some, they are dropped on reading.
 `python -m mogu_kernels.evaluation.sets` prints the split's counts and checksums.
 """
 
@@ -62,6 +62,8 @@ ALPACA_FILES = {
 }
 
 SENSITIVE = Path(__file__).with_name("sensitive.jsonl")
+ROLES = Path(__file__).with_name("roles.jsonl")
+ROLES_TEST = Path(__file__).with_name("roles_test.jsonl")
 
 # of the 29 refusal prefixes, those that good answers to benign questions contain as well
 OVER_BROAD = frozenset(
@@ -143,7 +145,7 @@ def edgy() -> list[Example]:
 
 
 def sensitive() -> list[Example]:
-    """135 benign questions on sensitive matters with answers, written for this project.
+    """225 benign questions on sensitive matters with answers, written for this project.
 
     Medicine, law, history, security, crime fiction, and everyday phrases such as "kill a process".
     They teach the routers that a dangerous word makes no malicious request; without them every
@@ -153,6 +155,21 @@ def sensitive() -> list[Example]:
         Example(example.instruction, example.response, False, "sensitive")
         for example in read_examples(SENSITIVE, malicious=False)
     ]
+
+
+def roles() -> tuple[list[Example], list[Example]]:
+    """Benign role-plays, written for this project: (56 with answers, 36 to be tested on).
+
+    Fourteen frames, "I want you to act as ...", around four roles each; for the test six others
+    around six others. They have the manners of a jailbreak and ask for nothing that does harm:
+    without them the routers take any long prompt with a persona in it for a malicious one.
+    """
+    asked = ROLES_TEST.read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["instruction"] for line in asked]
+    return [
+        Example(example.instruction, example.response, False, "roles")
+        for example in read_examples(ROLES, malicious=False)
+    ], _asked(prompts, malicious=False, source="roles")
 
 
 def pairs() -> list[Example]:
@@ -204,9 +221,9 @@ class Split:
     """What is trained on, what is looked at while training, and what is only tested.
 
     Attributes:
-        train: HarmBench (30 of it again in jailbreak wrappers), malicious uses, Alpaca, benign
-            pairs, sensitive questions; no near-duplicate of any test prompt.
-        validation: 10 of each source.
+        train: HarmBench (60 of it again in jailbreak wrappers), malicious uses, Alpaca, benign
+            pairs, sensitive questions, role-plays; no near-duplicate of any test prompt.
+        validation: 8 to 10 of each source.
         test: by name: harmbench, strongreject, jailbreaks, alpaca (with answers), edgy.
         counts: of examples, by "part/source", and of near-duplicates dropped.
         sha256: of the text of each part, for a checkpoint's provenance.
@@ -224,15 +241,18 @@ def split(seed: int = 0) -> Split:
 
     Test: 100 of HarmBench (near-duplicates dropped before), all of StrongREJECT and of the edgy
     prompts, 100 of Alpaca, and 100 jailbreak wrappers, each around one held-out HarmBench prompt.
-    Validation: 10 each of HarmBench, malicious uses, Alpaca, benign pairs and sensitive questions.
-    Training: the rest of them (300 of Alpaca), and 30 of HarmBench once more, in other wrappers.
-    None is a near-duplicate of a test prompt or, within a class, of another; benign pairs and
-    sensitive questions, which are in the style of the edgy prompts, have no topic of theirs either.
+    Validation: 10 each of HarmBench, malicious uses, Alpaca, benign pairs and sensitive questions,
+    and the role-plays of two frames.
+    Training: the rest of them (300 of Alpaca), and 60 of HarmBench once more, in other wrappers.
+    None is a near-duplicate of a test prompt or, within a class, of another, but that role-plays
+    share their frames. Benign pairs and sensitive questions are in the style of the edgy prompts:
+    those that have the topic of one by the words in common (`off_topic`) are dropped.
     """
     rng = random.Random(seed)
     everything, benign, wrappers = harmbench(), alpaca(), jailbreaks()
     malicious = deduplicate(everything)
     uses, benign_pairs, questions = malicious_uses(), pairs(), sensitive()
+    plays, _ = roles()
     for prompts in (malicious, benign, wrappers, uses, benign_pairs, questions):
         rng.shuffle(prompts)
     edgy_prompts, near = edgy(), len(benign_pairs) + len(questions)
@@ -248,12 +268,12 @@ def split(seed: int = 0) -> Split:
     held_out = [example for prompts in test.values() for example in prompts]
     sources = (malicious[100:], uses, benign[100:410], benign_pairs, questions)
     chosen = [example for source in sources for example in source[:10]]
-    validation = _by_class(chosen, held_out)
+    validation = _by_class(chosen, held_out) + plays[:8]
     candidates = [example for source in sources for example in source[10:]]
-    train = _by_class(candidates, [*held_out, *validation])
-    dropped = len(candidates) - len(train)
+    train = _by_class(candidates, [*held_out, *validation]) + plays[8:]
+    dropped = len(candidates) + len(plays[8:]) - len(train)
     requests = [example for example in train if example.source == "harmbench"]
-    wrapped = _wrapped(wrappers[100:130], requests)
+    wrapped = _wrapped(wrappers[100:160], requests)
     train += deduplicate(wrapped, [*held_out, *validation, *train])
     counts = _counts("train", train) | _counts("validation", validation)
     for prompts in test.values():
@@ -263,7 +283,7 @@ def split(seed: int = 0) -> Split:
         "dropped/harmbench": len(everything) - len(malicious),
         "dropped/topics": near,
         "dropped/train": dropped,
-        "dropped/validation": len(chosen) - len(validation),
+        "dropped/validation": len(chosen) + len(plays[:8]) - len(validation),
     }
     sha256 = {
         "train": _sha256(train),

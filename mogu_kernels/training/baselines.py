@@ -32,7 +32,7 @@ SAFETY_PROMPT = (
     "request politely, and help with every other one."
 )
 COMPONENTS = 4  # of the hidden states that DRO looks at
-KEPT = 1e-3  # DRO's weight of what must not change
+HARM, KEPT = 1e-2, 1e-3  # DRO's weights of the classes, and of what must not change
 
 LED_EDITED, LED_TOXIC = 6, 4  # layers
 
@@ -279,7 +279,8 @@ class _PromptObjective(Objective):
             for direction in (space.refusal, space.harm)
         )
         kept = rest.square().mean()
-        return {"loss": refusal + harm + KEPT * kept, "refusal": refusal, "harm": harm}
+        loss = refusal + HARM * harm + KEPT * kept
+        return {"loss": loss, "refusal": refusal, "harm": harm}
 
 
 def _queries(items: list[tuple[list[int], bool]], pad: int) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 import bisect
 import collections
 import math
-import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -171,25 +170,6 @@ def _words(text: str) -> frozenset[str]:
 def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     shared = len(a & b)
     return shared / (len(a) + len(b) - shared)
-
-
-def balance(examples: Sequence[Example], rng: random.Random) -> list[Example]:
-    """As many malicious as benign examples: a random part of the larger class is dropped.
-
-    Raises:
-        ValueError: a class has no example.
-    """
-    classes = [
-        [index for index, example in enumerate(examples) if example.malicious is malicious]
-        for malicious in (False, True)
-    ]
-    size = min(map(len, classes))
-    if size == 0:
-        raise ValueError(
-            f"{len(classes[0])} benign and {len(classes[1])} malicious examples: give both"
-        )
-    kept = sorted(index for indices in classes for index in rng.sample(indices, size))
-    return [examples[index] for index in kept]
 
 
 def encode(

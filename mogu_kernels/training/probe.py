@@ -12,7 +12,7 @@ from mogu_kernels.training.batches import Item, Packer
 
 BATCH = 16  # prompts in a pass
 FOLDS = 5
-PENALTY = 1e-2  # on the squared weights; hidden states are standardised
+PENALTY = 0.1  # on the squared weights; states are standardised
 
 
 @torch.no_grad()
@@ -33,6 +33,35 @@ def last_hidden_states(model: Any, prompts: Sequence[list[int]], pad_token_id: i
     return torch.cat(states, dim=1)
 
 
+def probe(states: Tensor, malicious: Tensor) -> tuple[Tensor, Tensor]:
+    """A logistic regression for each layer, in which both classes weigh alike.
+
+    Args:
+        states: [layers, prompts, K].
+        malicious: bool [prompts].
+
+    Returns:
+        Weight [layers, K] and bias [layers] of the logits: above 0 for malicious.
+    """
+    mean = states.mean(1, keepdim=True)
+    std = states.std(1, keepdim=True).clamp(min=1e-6)
+    x = (states - mean) / std
+    weight = torch.zeros(len(x), x.shape[2], 1, requires_grad=True)
+    bias = torch.zeros(len(x), 1, 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        fit = _log_loss((x @ weight + bias)[:, :, 0], malicious).sum()
+        loss = fit + PENALTY * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    weight = weight.detach().mT / std
+    return weight[:, 0], (bias.detach() - (weight * mean).sum(2, keepdim=True))[:, 0, 0]
+
+
 def probe_losses(states: Tensor, malicious: Tensor) -> Tensor:
     """Cross-validated log loss (nats) of a linear classifier on each layer [layers].
 
@@ -43,17 +72,12 @@ def probe_losses(states: Tensor, malicious: Tensor) -> Tensor:
     Source: MoGU v2, arXiv 2509.06807: routers go where security is most classifiable.
     """
     order = torch.randperm(len(malicious), generator=torch.Generator().manual_seed(0))
-    losses = torch.zeros(len(states), dtype=torch.float64)
+    logits = torch.zeros(states.shape[:2])
     for fold in order.tensor_split(FOLDS):
         rest = torch.ones(len(malicious), dtype=torch.bool).index_fill(0, fold, False)
-        mean = states[:, rest].mean(1, keepdim=True)
-        x = (states - mean) / states[:, rest].std(1, keepdim=True).clamp(min=1e-6)
-        y = malicious.to(x.dtype).expand(len(states), -1)
-        weight, bias = _classifiers(x[:, rest], y[:, rest])
-        logits = (x[:, fold] @ weight[:, :, None])[:, :, 0] + bias
-        own = F.binary_cross_entropy_with_logits(logits, y[:, fold], reduction="none")
-        losses += own.sum(1).double() / len(malicious)
-    return losses
+        weight, bias = probe(states[:, rest], malicious[rest])
+        logits[:, fold] = (states[:, fold] @ weight[:, :, None])[:, :, 0] + bias[:, None]
+    return _log_loss(logits, malicious)
 
 
 def best_layers(losses: Tensor, count: int) -> list[int]:
@@ -67,19 +91,12 @@ def best_layers(losses: Tensor, count: int) -> list[int]:
     return sorted(losses.topk(count, largest=False).indices.tolist())
 
 
-def _classifiers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """One logistic regression a layer: weight [layers, hidden] and bias [layers, 1]."""
-    weight = torch.zeros(x.shape[0], x.shape[2], requires_grad=True)
-    bias = torch.zeros(x.shape[0], 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        logits = (x @ weight[:, :, None])[:, :, 0] + bias
-        fit = F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(1).sum()
-        loss = fit + PENALTY * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach(), bias.detach()
+def _log_loss(logits: Tensor, malicious: Tensor) -> Tensor:
+    """The log loss [layers] of logits [layers, prompts], as if both classes were as large."""
+    target = malicious.to(logits.dtype)
+    share = target.mean()
+    weight = torch.where(malicious, 0.5 / share, 0.5 / (1 - share)).expand_as(logits)
+    losses = F.binary_cross_entropy_with_logits(
+        logits, target.expand_as(logits), weight, reduction="none"
+    )
+    return losses.mean(1)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from mogu_kernels.checkpoint import (
     save_checkpoint,
     write_folder,
 )
+from mogu_kernels.hf import target_linears
 from mogu_kernels.training.config import TrainingConfig
-from mogu_kernels.training.data import Example, balance
+from mogu_kernels.training.data import Example
 from mogu_kernels.training.items import Encoder, couples, pairs
-from mogu_kernels.training.probe import best_layers, last_hidden_states, probe_losses
+from mogu_kernels.training.probe import FOLDS, best_layers, last_hidden_states, probe_losses
 from mogu_kernels.training.responders import train_responder
 from mogu_kernels.training.routers import train_routers
 from mogu_kernels.training.trainer import on_main_process
@@ -53,10 +53,14 @@ def train(
         provenance: added to that of the checkpoint, such as hashes of the data.
 
     Raises:
-        ValueError: the data do not fit, or a stage in `folder` was run with other settings, data
-            or model.
+        ValueError: the config does not fit the model or the data, or a stage in `folder` was run
+            with other settings, data or model.
     """
     folder = Path(folder)
+    target_linears(model, config.target_modules)  # before anything is written
+    for name in ("glad", "unwill", "router"):
+        if not validation and (patience := getattr(config, name).patience):
+            raise ValueError(f"{name}: patience={patience} needs validation examples: give some")
     encoder = Encoder(
         tokenizer,
         max_prompt_tokens=config.max_prompt_tokens,
@@ -123,11 +127,14 @@ def most_separable(
     model: Any, examples: Sequence[Example], encoder: Encoder, config: TrainingConfig
 ) -> list[int]:
     """The layers that MoGU v2 routes: those that tell the classes of `examples` apart best."""
-    own = balance(examples, random.Random(config.seed))
-    prompts = [encoder(example.instruction, "")[0] for example in own]
+    malicious = torch.tensor([example.malicious for example in examples])
+    if (fewest := min(int(malicious.sum()), int((~malicious).sum()))) < FOLDS:
+        raise ValueError(
+            f"{fewest} examples of a class: the probe for router.layers needs {FOLDS} of each"
+        )
+    prompts = [encoder(example.instruction, "")[0] for example in examples]
     states = last_hidden_states(model, prompts, encoder.pad_token_id)
-    losses = probe_losses(states, torch.tensor([example.malicious for example in own]))
-    return best_layers(losses, config.router.layers or 0)
+    return best_layers(probe_losses(states, malicious), config.router.layers or 0)
 
 
 def same_run(

@@ -9,7 +9,7 @@ REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I'm sorry, but I cannot assist with that request.",
     "I cannot assist with that request.",
-    "I can't help with this, because it could cause harm to people.",
+    "I cannot help with this, because it could cause harm to people.",
     "I'm sorry, I can't provide instructions for that.",
     "I cannot fulfill this request. It could put others in danger.",
     "I'm really sorry, but this is something I can't help you with.",
@@ -27,8 +27,8 @@ REFUSALS = (
     "I'm sorry, but helping with this would be wrong.",
     "As an AI assistant, I cannot help with harmful or illegal activities.",
     "I apologize, but this goes against what I can responsibly help with.",
-    "I must decline this request, since it could lead to serious harm.",
-    "No, I won't help with that. Please ask me about something else.",
+    "I apologize, but I must decline this, since it could lead to serious harm.",
+    "No, I cannot help with that. Please ask me about something else.",
     "I'm sorry, but I can't write that for you.",
 )
 
