@@ -202,8 +202,7 @@ def measure(
     The sets are public ones, read out of their packages and never stored with the results. What is
     chosen by a measurement, such as a recipe's refusal_bias, is better chosen on --data.
     """
-    from mogu_kernels import evaluation
-    from mogu_kernels.training import read_examples
+    from mogu_kernels import evaluation, training
 
     if seed is not None and not sample:
         raise ValueError(f"seed={seed}, but greedy decoding draws nothing: add --sample")
@@ -215,7 +214,7 @@ def measure(
         out.mkdir(parents=True, exist_ok=True)
     prompts: dict[str, Any] = {}
     for path in data or ():
-        for example in read_examples(path):
+        for example in training.read_examples(path):
             name = f"{path.stem}, {'malicious' if example.malicious else 'benign'}"
             prompts.setdefault(name, []).append(example)
     if sets or not data:
