@@ -39,10 +39,9 @@ v2's refusal bias was chosen on prompts of StrongREJECT and of the edgy set that
 table (`bench/results/refusal-bias.md`); MoGU's is 0, as published. LED is shown malicious prompts
 alone and keeps what is best on such, so nothing keeps it from refusing all. DRO's soft prompt
 stands before the chat template, its authors' within it as the system message. SafeDecoding's
-expert is the row "safety fine-tuning", which has seen answers to benign prompts as well; its
-authors' has seen refusals only. The jailbreaks are long, the benign prompts short: refusing the
-style alone would do well here. What v2 does with harmless role-plays is in
-`bench/results/refusal-bias.md`.
+expert is the row "unwill only": like its authors', it has seen refusals only. The jailbreaks are
+long, the benign prompts short: refusing the style alone would do well here. What v2 does with
+harmless role-plays is in `bench/results/refusal-bias.md`.
 """
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,7 +69,7 @@ SYSTEMS = {
     "sft": Compared("safety fine-tuning", "sft"),
     "led": Compared("LED", "led"),
     "dro": Compared("DRO", "dro"),
-    "safe_decoding": Compared("SafeDecoding", "sft", "safe_decoding"),
+    "safe_decoding": Compared("SafeDecoding", "unwill", "safe_decoding"),
     "rose": Compared("ROSE", None, "rose"),
     "self_reminder": Compared("self-reminder", None, "self_reminder"),
     "in_context": Compared("in-context defence", None, "in_context"),

@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--artefacts", type=Path, default=Path("out/comparison"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--biases", type=float, nargs="+", default=[0.0, 0.25, 0.5, 1.0])
+    parser.add_argument("--biases", type=float, nargs="+", default=[-0.25, 0.0, 0.25, 0.5])
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("medium")  # oneDNN's GEMMs: faster on some CPUs
