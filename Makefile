@@ -20,6 +20,7 @@ comparison: setup  ## train and measure every defence, SEEDS="0 1 2"; hours; a s
 	$(BIN)/python -m bench.artefacts --seeds $(SEEDS)
 	$(BIN)/python -m bench.comparison --artefacts out/comparison --seeds $(SEEDS)
 	$(BIN)/python -m bench.refusal_bias --artefacts out/comparison --seeds $(SEEDS)
+	$(BIN)/python -m bench.separability
 
 bench-training: setup  ## one optimiser step: official, PEFT, ours; time, memory, saved bytes
 	$(BIN)/python -m bench.training

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import mogu_kernels as mk
-from bench import comparison, refusal_bias
+from bench import comparison, refusal_bias, separability
 from mogu_kernels import convert, evaluation
 from mogu_kernels.evaluation import judges, measure, pairs, prompts, refusal, report, systems
 from mogu_kernels.training import routers
@@ -788,3 +788,29 @@ def test_the_page_of_the_biases_has_every_seed():
     assert "bad refused of 40: seeds 0, 2 | %" in page
     assert "| 0 | 30, 32 | 77.5 |" in page
     assert "| 0.5 | 38, 40 | 97.5 |" in page
+
+
+def test_a_probe_sees_what_a_router_would_see():
+    model, prompts = tiny.llama(), [[5, 6, 7], [8, 9]]
+    read = separability.inputs(model, prompts, (0, 1), title="test")
+    for i, ids in enumerate(prompts):
+        states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        for layer in (0, 1):
+            normed = model.model.layers[layer].input_layernorm(states[layer])[0, -1]
+            torch.testing.assert_close(read["q_proj"][layer, i], normed)
+    assert {len(own) for own in read.values()} == {2}
+    assert set(read) == set(separability.PROJECTIONS)
+    for hooked in model.modules():
+        assert not hooked._forward_pre_hooks
+
+
+def test_a_threshold_catches_most_attacks_and_what_lies_above_it():
+    attacks = torch.linspace(0.05, 1, 20)  # one of twenty may be missed
+    score = {
+        "strongreject": attacks,
+        "edgy": torch.tensor([0.0, 0.08, 0.101, 0.5]),
+        "roles": torch.tensor([0.0, 0.97]),
+    }
+    auc, edgy, roles = separability.row(score).split(" | ")
+    assert float(auc) == pytest.approx((20 + 19 + 18 + 10.5) / 80, abs=0.01)
+    assert (edgy, roles) == ("2", "1")
