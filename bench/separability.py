@@ -9,12 +9,12 @@ edgy prompts that `bench.comparison` leaves out of its table, and on harmless ro
 `bench/results/separability.md`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench import machine
@@ -82,24 +82,26 @@ def inputs(
     model: Any, prompts: Sequence[Sequence[int]], layers: Sequence[int], *, title: str
 ) -> dict[str, Tensor]:
     """What enters each of PROJECTIONS at the last token of every prompt: [layers, prompts, K]."""
-    found: dict[str, Tensor] = {}
+    linears = {
+        projection: [
+            linear
+            for name, linear in target_linears(model, (projection,)).items()
+            if int(name.split(".")[2]) in layers
+        ]
+        for projection in PROJECTIONS
+    }
+    found: dict[nn.Module, Tensor] = {}
 
-    def keep(name: str) -> Callable[[Any, Any], None]:
-        def hook(_: Any, args: Any) -> None:
-            found[name] = args[0][0, -1]
+    def keep(linear: nn.Module, args: Any) -> None:
+        found[linear] = args[0][0, -1]
 
-        return hook
-
-    linears = target_linears(model, PROJECTIONS)
-    hooks = [own.register_forward_pre_hook(keep(name)) for name, own in linears.items()]
+    hooks = [own.register_forward_pre_hook(keep) for each in linears.values() for own in each]
     try:
         states: dict[str, list[Tensor]] = {projection: [] for projection in PROJECTIONS}
         for ids in tqdm(prompts, title, disable=None):
             model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)
             for projection, own in states.items():
-                names = (n for n in found if n.endswith(f".{projection}"))
-                by_layer = {int(n.split(".")[2]): found[n] for n in names}
-                own.append(torch.stack([by_layer[layer] for layer in layers]))
+                own.append(torch.stack([found[linear] for linear in linears[projection]]))
     finally:
         for hook in hooks:
             hook.remove()
