@@ -814,3 +814,22 @@ def test_a_threshold_catches_most_attacks_and_what_lies_above_it():
     auc, edgy, roles = separability.row(score).split(" | ")
     assert float(auc) == pytest.approx((19 + 18 + 10 + 2) / 80, abs=1e-4)
     assert (edgy, roles) == ("3", "1")
+
+
+def test_a_probe_learns_from_the_chosen_prompts_alone():
+    chosen = separability.parts(["a", "a", "a", "a", "b", "b"])
+    assert {title: own.tolist() for title, own in chosen.items()} == {
+        "all": [True] * 6,
+        "every second": [True, False] * 3,
+        "every fourth": [True, False, False, False, True, False],
+        "all but a": [False] * 4 + [True] * 2,
+        "all but b": [True] * 4 + [False] * 2,
+    }
+    # the first axis tells the classes of the first four, the second those of the others
+    states = torch.tensor([[[1.0, 0], [-1, 0], [2, 0], [-2, 0], [0, 1], [0, -1]]])
+    malicious = torch.tensor([True, False, True, False, True, False])
+    read = {"train": states, "edgy": torch.tensor([[[0.0, 3]]])}
+    learnt = {title: separability.scores(read, malicious, own) for title, own in chosen.items()}
+    assert learnt["all but a"]["edgy"] > 0.9
+    assert learnt["all but b"]["edgy"] == pytest.approx(0.5)
+    assert learnt["all"]["train"].shape == (6,)
