@@ -1,12 +1,15 @@
 """One optimiser step of router training: the official block, PEFT with two adapters, ours.
 
 Time (interleaved steps), peak memory (a process each) and bytes saved for the backward pass, on the
-real model. PEFT trains two LoRA adapters that are both active, since it has no such router.
+real model. PEFT trains two LoRA adapters that are both active, since it has no such router. The
+published code has no gradient checkpointing; it is measured with it as well, so that the comparison
+is like with like.
 """
 
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import re
 import subprocess
@@ -30,9 +33,12 @@ from bench.timing import interleaved, ratio, spread
 from demo.smollm2 import NAME, load_smollm2
 from mogu_kernels.hf import seeded_checkpoint, target_linears
 from mogu_kernels.training.losses import gate_loss
+from mogu_kernels.training.trainer import recomputed
 from reference.model import LoRA, RoutedProjection, Router
 
 NAMES = ("official", "peft", "ours")
+RECOMPUTED = ", recomputed"  # with gradient checkpointing
+STEPS = (*NAMES, *(name + RECOMPUTED for name in ("official", "ours")))
 TOKENS, LABELS = 1024, 32
 LEARNING_RATE = 5e-4
 RESULTS = Path("bench/results/training.md")
@@ -42,14 +48,16 @@ def step_of(name: str) -> Callable[[], None]:
     """One optimiser step on 1,024 tokens: CE of the last 32 and the gates' loss."""
     model, _ = load_smollm2()
     model.requires_grad_(False)
-    gates = {"official": _official, "peft": _peft, "ours": _ours}[name](model)
+    block = name.removesuffix(RECOMPUTED)
+    gates = {"official": _official, "peft": _peft, "ours": _ours}[block](model)
+    saving = contextlib.nullcontext if block == name else functools.partial(recomputed, model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, (1, TOKENS), generator=generator)
 
     def step() -> None:
-        with gates() as own:
+        with gates() as own, saving():
             logits = model(input_ids=ids, logits_to_keep=1 + LABELS, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, -LABELS:])
         if found := own():
@@ -165,14 +173,14 @@ def _memory_here(name: str) -> dict[str, float]:
 def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--memory", choices=NAMES, help="of one system, in this process")
+    parser.add_argument("--memory", choices=STEPS, help="of one system, in this process")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     if asked.memory:
         print(json.dumps(_memory_here(asked.memory)))
         return
-    held = {name: memory(name) for name in tqdm(NAMES, desc="memory", leave=False)}
-    steps = {name: step_of(name) for name in tqdm(NAMES, desc="loading", leave=False)}
+    held = {name: memory(name) for name in tqdm(STEPS, desc="memory", leave=False)}
+    steps = {name: step_of(name) for name in tqdm(STEPS, desc="loading", leave=False)}
 
     def timed(step: Callable[[], None]) -> Callable[[], float]:
         def sample() -> float:
@@ -184,33 +192,33 @@ def main() -> None:
 
     samples = interleaved({name: timed(step) for name, step in steps.items()}, asked.rounds)
     table = Table(title=f"One step of router training, {NAME}, {TOKENS} tokens, fp32")
-    lines = ["| | " + " | ".join(NAMES) + " |", "|---" + "|---:" * len(NAMES) + "|"]
+    lines = ["| | " + " | ".join(STEPS) + " |", "|---" + "|---:" * len(STEPS) + "|"]
     table.add_column("")
-    for name in NAMES:
+    for name in STEPS:
         table.add_column(name, justify="right")
 
     def row(title: str, values: list[str]) -> None:
         table.add_row(title, *values)
         lines.append(f"| {title} | " + " | ".join(values) + " |")
 
-    row("time, x official", [f"{ratio(samples[n], samples['official']):.2f}" for n in NAMES])
-    spreads = {name: spread(samples[name]) for name in NAMES}
+    row("time, x official", [f"{ratio(samples[n], samples['official']):.2f}" for n in STEPS])
+    spreads = {name: spread(samples[name]) for name in STEPS}
     row(
         "quartiles / median",
         [f"{s.low / s.median:.2f}-{s.high / s.median:.2f}" for s in spreads.values()],
     )
-    row("peak memory, MiB", [f"{held[n]['peak']:,.0f}" for n in NAMES])
+    row("peak memory, MiB", [f"{held[n]['peak']:,.0f}" for n in STEPS])
     row(
         "peak memory, x official",
-        [f"{held[n]['peak'] / held['official']['peak']:.2f}" for n in NAMES],
+        [f"{held[n]['peak'] / held['official']['peak']:.2f}" for n in STEPS],
     )
-    row("added by the step, MiB", [f"{held[n]['step']:,.0f}" for n in NAMES])
+    row("added by the step, MiB", [f"{held[n]['step']:,.0f}" for n in STEPS])
     row(
         "added by the step, x official",
-        [f"{held[n]['step'] / held['official']['step']:.2f}" for n in NAMES],
+        [f"{held[n]['step'] / held['official']['step']:.2f}" for n in STEPS],
     )
     for width in (576, 4096):
-        saved = [f"{saved_bytes(name, width):,.0f}" for name in NAMES]
+        saved = [f"{saved_bytes(name, width):,.0f}" for name in NAMES] + ["", ""]
         row(f"saved bytes a token beside the input, d = {width}", saved)
     Console().print(table)
     about = ", ".join(f"{key} {value}" for key, value in machine.describe().items())

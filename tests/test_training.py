@@ -1,5 +1,6 @@
 """Training: the losses as published, every stage on a toy, killed and resumed, baselines."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -33,7 +34,7 @@ from mogu_kernels.training.items import Encoder, couples, pairs
 from mogu_kernels.training.objectives import ResponderObjective, ResponseObjective, RouterObjective
 from mogu_kernels.training.probe import best_layers, probe, probe_losses
 from mogu_kernels.training.routers import train_routers
-from mogu_kernels.training.trainer import STATE_FILE, last_checkpoint
+from mogu_kernels.training.trainer import STATE_FILE, last_checkpoint, recomputed
 from reference import losses as published
 from tests import tiny
 from tests.tokens import chat_tokenizer
@@ -245,6 +246,56 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(encoder, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+def with_every_stage(config, **changes):
+    stages = {name: dataclasses.replace(getattr(config, name), **changes) for name in STAGES}
+    return dataclasses.replace(config, **stages)
+
+
+def test_recomputed_activations_train_the_same_model(trained, tokenizer, tmp_path):
+    _, checkpoint, *_ = trained
+    config, model = with_every_stage(TOY, gradient_checkpointing=True), llama()
+    again = train(config, model, tokenizer, EXAMPLES, tmp_path, validation=EXAMPLES[::3])
+    assert checkpoint.tensors.keys() == again.tensors.keys()
+    for name, tensor in checkpoint.tensors.items():
+        assert torch.equal(tensor, again.tensors[name]), name
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "targets", [("o_proj",), ("gate_proj", "up_proj"), ("q_proj", "down_proj")]
+)
+def test_recomputed_layers_keep_their_input_alone(targets, encoder):
+    model = llama(num_hidden_layers=3).requires_grad_(False)
+    mk.attach(model, tiny.checkpoint(model, targets), trainable=True)
+    objective = RouterObjective(model, ("glad", "unwill"), 2.0).train()
+    batch = Packer(1)(couples(EXAMPLES, encoder, 0)[:2])
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {}
+    for own in (contextlib.nullcontext, lambda: recomputed(objective)):
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with own():
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = objective(**batch)["loss"]
+            grads = torch.autograd.grad(loss, trainable.values())
+        found[len(found)] = sum(storages.values()), dict(zip(trainable, grads, strict=True))
+    (kept, grads), (kept_less, grads_again) = found.values()
+    assert kept_less < 0.7 * kept
+    assert any(grad.any() for grad in grads.values())
+    for name, grad in grads.items():
+        torch.testing.assert_close(grads_again[name], grad, msg=name)
+
+
+def test_a_model_whose_layers_cannot_be_recomputed_says_so():
+    message = "gradient_checkpointing=True: Linear has no layers"
+    with pytest.raises(ValueError, match=message), recomputed(torch.nn.Linear(2, 2)):
+        pass
+
+
 def test_a_stage_stops_early_and_keeps_its_best_state(encoder, tmp_path):
     both = couples(EXAMPLES, encoder, 0)
     train, watched = both[:1] * 4, both[3:]  # one example by heart helps no other
@@ -536,6 +587,11 @@ def test_the_published_recipe_is_the_default():
         ("unwill: {dropout: 1.0}", ValueError, r"dropout is 1.0: take less than 1"),
         ("glad: {learning_rate: .nan}", ValueError, r"learning_rate is nan: take more"),
         ("glad: {learning_rate: fast}", TypeError, r"learning_rate is 'fast': take float"),
+        (
+            "router: {gradient_checkpointing: 1}",
+            TypeError,
+            r"gradient_checkpointing is 1: take bool",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_named(text, error, says, tmp_path):

@@ -40,6 +40,8 @@ class StageConfig:
         max_grad_norm: longer gradients are cut to this; 0 for never.
         save_steps: steps between two checkpoints, and between two looks at the validation set.
         patience: looks without improvement before it stops; 0 for never.
+        gradient_checkpointing: keep only what enters each layer for the backward pass, which
+            computes the rest once more: less memory, more time, the same numbers.
     """
 
     learning_rate: float
@@ -51,6 +53,7 @@ class StageConfig:
     max_grad_norm: float = 1.0
     save_steps: int = 10
     patience: int = 0
+    gradient_checkpointing: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from mogu_kernels.training.items import Encoder, couples, pairs
 from mogu_kernels.training.probe import FOLDS, best_layers, last_hidden_states, probe_losses
 from mogu_kernels.training.responders import train_responder
 from mogu_kernels.training.routers import train_routers
-from mogu_kernels.training.trainer import on_main_process
+from mogu_kernels.training.trainer import layers_to_recompute, on_main_process
 
 
 def train(
@@ -61,6 +61,8 @@ def train(
     for name in ("glad", "unwill", "router"):
         if not validation and (patience := getattr(config, name).patience):
             raise ValueError(f"{name}: patience={patience} needs validation examples: give some")
+        if getattr(config, name).gradient_checkpointing:
+            layers_to_recompute(model)
     encoder = Encoder(
         tokenizer,
         max_prompt_tokens=config.max_prompt_tokens,

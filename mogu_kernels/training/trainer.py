@@ -1,6 +1,7 @@
 """Hugging Face's trainer, told to show more, to resume after any kill, and to stop early."""
 
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -12,8 +13,10 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -94,7 +97,9 @@ def run_stage(
             _settle(folder)
     resumed = last_checkpoint(folder)
     if resumed is None or not _is_over(resumed):
-        trainer.train(resume_from_checkpoint=resumed)
+        own = recomputed(objective) if config.gradient_checkpointing else contextlib.nullcontext()
+        with own:
+            trainer.train(resume_from_checkpoint=resumed)
         resumed = last_checkpoint(folder)
     state = TrainerState.load_from_json(f"{resumed}/{STATE_FILE}")
     best = folder / Path(state.best_model_checkpoint or str(resumed)).name  # it may have moved
@@ -115,6 +120,38 @@ def save_adapter(model: Any, folder: Path) -> None:
             (work / "README.md").unlink(missing_ok=True)  # a model card without content
             shutil.rmtree(folder, ignore_errors=True)
             work.rename(folder)
+
+
+@contextlib.contextmanager
+def recomputed(model: torch.nn.Module) -> Iterator[None]:
+    """Each layer of `model` keeps its input alone, and the backward pass computes the rest again.
+
+    The switch of transformers is for layers in training mode, and routers are trained without
+    dropout: in evaluation mode.
+    """
+    layers = layers_to_recompute(model)
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def layers_to_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that `gradient_checkpointing` is about.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing=True: {type(model).__name__} has no layers that transformers "
+            "can recompute: take False"
+        )
+    return layers
 
 
 @contextlib.contextmanager
