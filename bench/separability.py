@@ -124,7 +124,11 @@ def parts(sources: Sequence[str]) -> dict[str, Tensor]:
         sources: of every prompt; those of one source stand together, so each keeps its share.
     """
     number = torch.arange(len(sources))
-    chosen = {"all": number >= 0, "every second": number % 2 == 0, "every fourth": number % 4 == 0}
+    chosen = {
+        "all": torch.ones_like(number, dtype=torch.bool),
+        "every second": number % 2 == 0,
+        "every fourth": number % 4 == 0,
+    }
     for source in dict.fromkeys(sources):
         chosen[f"all but {source}"] = torch.tensor([own != source for own in sources])
     return chosen

@@ -28,6 +28,7 @@ from mogu_kernels.training import (
     losses,
     routers,
     train,
+    trainer,
 )
 from mogu_kernels.training.batches import IGNORED, Item, Packer
 from mogu_kernels.training.items import Encoder, couples, pairs
@@ -245,57 +246,83 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(encoder, tmp_path)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
-def with_every_stage(config, **changes):
-    stages = {name: dataclasses.replace(getattr(config, name), **changes) for name in STAGES}
-    return dataclasses.replace(config, **stages)
+@pytest.fixture
+def recomputations(monkeypatch):
+    """The forward passes of layers that are to be recomputed."""
+    calls, plain = [], trainer.checkpoint
+
+    def counted(function, *args, **options):
+        calls.append(function)
+        return plain(function, *args, **options)
+
+    monkeypatch.setattr(trainer, "checkpoint", counted)
+    return calls
 
 
-def test_recomputed_activations_train_the_same_model(trained, tokenizer, tmp_path):
-    _, checkpoint, *_ = trained
-    config, model = with_every_stage(TOY, gradient_checkpointing=True), llama()
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputed_activations_train_the_same_model(
+    stage, trained, tokenizer, tmp_path, recomputations
+):
+    folder, checkpoint, *_ = trained
+    for name in (own for own in STAGES if own != stage):
+        shutil.copytree(folder / name, tmp_path / name)
+    if stage == "router":  # goes on where it was without
+        shutil.copytree(folder / stage, tmp_path / stage)
+        shutil.rmtree(last_checkpoint(tmp_path / stage / "steps"))
+    changed = dataclasses.replace(getattr(TOY, stage), gradient_checkpointing=True)
+    config, model = dataclasses.replace(TOY, **{stage: changed}), llama()
     again = train(config, model, tokenizer, EXAMPLES, tmp_path, validation=EXAMPLES[::3])
+    assert recomputations
     assert checkpoint.tensors.keys() == again.tensors.keys()
     for name, tensor in checkpoint.tensors.items():
         assert torch.equal(tensor, again.tensors[name]), name
-    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize(
     "targets", [("o_proj",), ("gate_proj", "up_proj"), ("q_proj", "down_proj")]
 )
-def test_recomputed_layers_keep_their_input_alone(targets, encoder):
+def test_recomputed_layers_keep_their_input_alone(targets, encoder, recomputations):
     model = llama(num_hidden_layers=3).requires_grad_(False)
     mk.attach(model, tiny.checkpoint(model, targets), trainable=True)
     objective = RouterObjective(model, ("glad", "unwill"), 2.0).train()
     batch = Packer(1)(couples(EXAMPLES, encoder, 0)[:2])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = {}
-    for own in (contextlib.nullcontext, lambda: recomputed(objective)):
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, gradients = [], []
+    for own in (contextlib.nullcontext, lambda: recomputed(model)):
         storages = {}
 
         def pack(tensor, storages=storages):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in held:
+                storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with own():
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 loss = objective(**batch)["loss"]
-            grads = torch.autograd.grad(loss, trainable.values())
-        found[len(found)] = sum(storages.values()), dict(zip(trainable, grads, strict=True))
-    (kept, grads), (kept_less, grads_again) = found.values()
-    assert kept_less < 0.7 * kept
-    assert any(grad.any() for grad in grads.values())
-    for name, grad in grads.items():
-        torch.testing.assert_close(grads_again[name], grad, msg=name)
+            gradients.append(torch.autograd.grad(loss, trainable.values()))
+        kept.append(sum(storages.values()))
+    assert len(recomputations) == 3
+    assert kept[1] < 0.5 * kept[0]  # the logits are kept either way
+    assert any(gradient.any() for gradient in gradients[0])
+    for name, *pair in zip(trainable, *gradients, strict=True):
+        torch.testing.assert_close(*pair, msg=name)
 
 
-def test_a_model_whose_layers_cannot_be_recomputed_says_so():
-    message = "gradient_checkpointing=True: Linear has no layers"
-    with pytest.raises(ValueError, match=message), recomputed(torch.nn.Linear(2, 2)):
-        pass
+def test_recomputed_layers_are_afterwards_as_they_were():
+    model = llama()
+    first, second = model.model.layers[:2]
+    own = first.forward = lambda *args, **options: type(first).forward(first, *args, **options)
+    with recomputed(model):
+        assert first.forward is not own
+    with pytest.raises(KeyboardInterrupt), recomputed(model):
+        raise KeyboardInterrupt
+    assert first.forward is own
+    assert "forward" not in vars(second)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
 def test_a_stage_stops_early_and_keeps_its_best_state(encoder, tmp_path):
     both = couples(EXAMPLES, encoder, 0)
     train, watched = both[:1] * 4, both[3:]  # one example by heart helps no other
@@ -637,3 +664,13 @@ def test_softmax_routers_train_too(trained, encoder, tmp_path):
     )
     assert checkpoint.config.gate == "softmax"
     assert metrics["loss"] > 0
+
+
+def test_a_model_whose_layers_cannot_be_recomputed_says_so(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "GradientCheckpointingLayer", torch.nn.Bilinear)
+    changed = dataclasses.replace(TOY.unwill, gradient_checkpointing=True)
+    config = dataclasses.replace(TOY, unwill=changed)
+    message = "gradient_checkpointing=True: LlamaForCausalLM has no layers"
+    with pytest.raises(ValueError, match=message):
+        train(config, llama(), tokenizer, EXAMPLES, tmp_path)
+    assert not list(tmp_path.iterdir())

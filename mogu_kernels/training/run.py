@@ -26,6 +26,9 @@ from mogu_kernels.training.responders import train_responder
 from mogu_kernels.training.routers import train_routers
 from mogu_kernels.training.trainer import layers_to_recompute, on_main_process
 
+# on the steps: it comes after them; the same numbers, computed once more
+WITHOUT_EFFECT = ("refusal_bias", "gradient_checkpointing")
+
 
 def train(
     config: TrainingConfig,
@@ -98,7 +101,6 @@ def train(
         )
     responders = {name: folder / name / "adapter" for name in metrics}
     settings = shared | dataclasses.asdict(config.router)
-    del settings["refusal_bias"]  # comes after the steps: another one needs none of them again
     settings["responders"] = {name: _weights_sha256(path) for name, path in responders.items()}
     same_run(folder / "router", settings, every, model)
     checkpoint, metrics["router"] = train_routers(
@@ -148,7 +150,7 @@ def same_run(
         ValueError: it holds the steps of a run that depended on something else.
     """
     text = json.dumps([[e.instruction, e.response, e.malicious] for e in examples])
-    own = settings | {
+    own = {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT} | {
         "examples": hashlib.sha256(text.encode()).hexdigest(),
         "model": fingerprint(model),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def run_stage(
             _settle(folder)
     resumed = last_checkpoint(folder)
     if resumed is None or not _is_over(resumed):
-        own = recomputed(objective) if config.gradient_checkpointing else contextlib.nullcontext()
-        with own:
+        saving = recomputed(objective.model) if config.gradient_checkpointing else nullcontext()
+        with saving:
             trainer.train(resume_from_checkpoint=resumed)
         resumed = last_checkpoint(folder)
     state = TrainerState.load_from_json(f"{resumed}/{STATE_FILE}")
@@ -129,14 +130,16 @@ def recomputed(model: torch.nn.Module) -> Iterator[None]:
     The switch of transformers is for layers in training mode, and routers are trained without
     dropout: in evaluation mode.
     """
-    layers = layers_to_recompute(model)
-    for layer in layers:
+    before = {layer: vars(layer).get("forward") for layer in layers_to_recompute(model)}
+    for layer in before:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, own in before.items():
             del layer.forward
+            if own is not None:  # a hook of accelerate's, say
+                layer.forward = own
 
 
 def layers_to_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
