@@ -236,7 +236,8 @@ def main() -> None:
     RESULTS.write_text(
         "# Training cost\n\n"
         f"One optimiser step of router training on {NAME} ({TOKENS:,} tokens, fp32, o_proj of all "
-        "layers, r = 8; PEFT: two active adapters instead of routers). "
+        "layers, r = 8; PEFT: two active adapters instead of routers; recomputed: with gradient "
+        "checkpointing, which the published code does not have). "
         f"Medians of {asked.rounds} interleaved steps. Written by `make bench-training`.\n\n"
         + "\n".join(lines)
         + f"\n\n{about}\n"
