@@ -366,7 +366,10 @@ sys.path.insert(0, ".")
 from tests.test_training import EXAMPLES, STAGES, TOY, llama
 from tests.tokens import chat_tokenizer
 from mogu_kernels.training import train
-short = {name: dataclasses.replace(getattr(TOY, name), steps=4) for name in STAGES}
+short = {
+    name: dataclasses.replace(getattr(TOY, name), steps=4, gradient_checkpointing=name != "glad")
+    for name in STAGES
+}
 train(dataclasses.replace(TOY, **short), llama(), chat_tokenizer(), EXAMPLES, sys.argv[1])
 """
 
