@@ -142,7 +142,7 @@ def recomputed(model: torch.nn.Module) -> Iterator[None]:
                 layer.forward = own
 
 
-def layers_to_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
+def layers_to_recompute(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that `gradient_checkpointing` is about.
 
     Raises:
